@@ -1,0 +1,200 @@
+"""Text -> tokens -> hooked activations -> shuffled batches.
+
+The store streams: it holds one buffer of activations, refills the half that has been read, and serves every row once.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+import text
+from config import Config
+
+TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
+
+
+def model_source(model_name: str) -> str:
+    """What Hugging Face loads for a model_name: the embedded model's folder, or the name itself."""
+    return str(TINY_LM) if model_name == "tiny-lm" else model_name
+
+
+def check_model(cfg: Config) -> Config:
+    """Compare cfg with the model's configuration, before its weights are loaded, and fill in act_size.
+
+    Raises: ValueError when layer, seq_len or act_size do not fit the model; OSError when there is no such model.
+    """
+    hf = AutoConfig.from_pretrained(model_source(cfg.model_name)).get_text_config()
+    n_layers, d_model = hf.num_hidden_layers, hf.hidden_size
+    if cfg.layer >= n_layers:
+        raise ValueError(f"layer = {cfg.layer}: {cfg.model_name} has {n_layers} blocks; give 0 to {n_layers - 1}")
+    context = getattr(hf, "max_position_embeddings", None)
+    if context is not None and cfg.seq_len > context:
+        raise ValueError(f"seq_len = {cfg.seq_len}: {cfg.model_name} reads at most {context} tokens")
+    heads = hf.num_attention_heads
+    head_size = getattr(hf, "head_dim", None) or d_model // heads
+    act_size = heads * head_size if cfg.site == "z" else d_model
+    if cfg.act_size not in (None, act_size):
+        raise ValueError(f"act_size = {cfg.act_size}: {cfg.site} of {cfg.model_name} is {act_size} wide; leave it out")
+    return replace(cfg, act_size=act_size)
+
+
+def load_model(cfg: Config) -> TransformerBridge:
+    """The language model of cfg, raw weights, in its dtype, on its device, ready for inference only."""
+    model = TransformerBridge.boot_transformers(
+        model_source(cfg.model_name), device=str(cfg.torch_device), dtype=cfg.torch_dtype
+    )
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+class _Recorded(Exception):
+    """Leaves the forward pass at the hook: what follows it would be computed for nothing."""
+
+
+@torch.no_grad()
+def record(
+    model: TransformerBridge, tokens: Int[Tensor, "window pos"], hook_name: str
+) -> Float[Tensor, "window pos act_size"]:
+    """Activations at a hook; the forward pass ends there. Heads are concatenated."""
+    recorded: list[Tensor] = []
+
+    def keep(acts: Tensor, hook: object) -> None:
+        recorded.append(acts.flatten(2))
+        raise _Recorded
+
+    with model.hooks(fwd_hooks=[(hook_name, keep)]), contextlib.suppress(_Recorded):
+        model(tokens, return_type=None)
+    assert len(recorded) == 1, f"{hook_name} did not fire"
+    return recorded[0]
+
+
+def ordinary_positions(
+    tokens: Int[Tensor, "window pos"], tokenizer: PreTrainedTokenizerBase
+) -> Bool[Tensor, "window pos"]:
+    """True where an SAE may read: not the BOS that starts a window, not a special token (EOS, padding, ...)."""
+    ordinary = ~torch.isin(tokens, torch.tensor(tokenizer.all_special_ids, dtype=tokens.dtype, device=tokens.device))
+    ordinary[:, 0] = False
+    return ordinary
+
+
+class ActivationsStore:
+    """Activations of a model's hook on the training text, in shuffled batches, and its held-out text for evaluation.
+
+    The buffer holds num_batches_in_buffer batches of the model. Once half of it has been read, that half is refilled
+    and the unread rows of old and new are shuffled together. Deterministic in cfg.seed.
+    """
+
+    def __init__(self, model: TransformerBridge, cfg: Config) -> None:
+        assert cfg.act_size is not None, "cfg.act_size is unknown: use check_model(cfg)"
+        self.model, self.cfg = model, cfg
+        self.capacity = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
+        if self.capacity < 2 * cfg.batch_size:
+            raise ValueError(
+                f"num_batches_in_buffer = {cfg.num_batches_in_buffer}: the buffer would hold {self.capacity} rows, less"
+                f" than two of batch_size {cfg.batch_size}; give at least"
+                f" {-(-2 * cfg.batch_size // (cfg.model_batch_size * (cfg.seq_len - 1)))}"
+            )
+        device = cfg.torch_device
+        self._rng = torch.Generator().manual_seed(cfg.seed)
+        self._token_batches = _prefetch(self._training_token_batches())
+        self._buffer = torch.empty(self.capacity, cfg.act_size, dtype=cfg.torch_dtype, device=device)
+        self._order = torch.arange(self.capacity)  # slots in the order they are served; those before _served are free
+        self._served = self.capacity
+        self._spill = torch.empty(0, cfg.act_size, dtype=cfg.torch_dtype, device=device)  # rows that found no slot yet
+        self._row_sum = torch.zeros(cfg.act_size, dtype=torch.float64, device=device)
+        self._rows = 0
+        self.tokens_seen = 0
+        """Tokens the language model has read for training, special ones included."""
+
+    def next_batch(self) -> Float[Tensor, "batch_size act_size"]:
+        """The next cfg.batch_size rows, in the model's dtype, on its device. A copy: the caller may keep it."""
+        if self._served > 0 and self._served + self.cfg.batch_size > self.capacity // 2:
+            self._refill()
+        slots = self._order[self._served : self._served + self.cfg.batch_size]
+        self._served += self.cfg.batch_size
+        return self._buffer[slots.to(self._buffer.device, non_blocking=True)]
+
+    @property
+    def mean(self) -> Float[Tensor, "act_size"]:
+        """Mean of all training activations so far."""
+        return (self._row_sum / self._rows).to(torch.float32)
+
+    def held_out_tokens(self) -> Int[Tensor, "window pos"]:
+        """The first cfg.eval_windows windows of the held-out text: the same ones whenever asked."""
+        windows = list(islice(self._windows(held_out=True), self.cfg.eval_windows))
+        if not windows:
+            raise ValueError(
+                f"dataset_path = {self.cfg.dataset_path!r}: the held-out tenth has no {self.cfg.seq_len} tokens"
+            )
+        return torch.stack(windows)
+
+    def _windows(self, *, held_out: bool, epoch: int = 0) -> Iterator[Int[Tensor, "pos"]]:
+        seed = 0 if held_out else self.cfg.seed
+        documents = text.load_documents(self.cfg.dataset_path, self.cfg.dataset_name, held_out=held_out, seed=seed)
+        documents.set_epoch(epoch)
+        return text.token_windows(documents, self.model.tokenizer, self.cfg.seq_len)
+
+    def _training_token_batches(self) -> Iterator[Int[Tensor, "window pos"]]:
+        epoch = 0
+        while True:
+            windows = self._windows(held_out=False, epoch=epoch)
+            count = 0
+            while batch := list(islice(windows, self.cfg.model_batch_size)):
+                count += len(batch)
+                yield torch.stack(batch)
+            if count == 0:
+                raise ValueError(
+                    f"dataset_path = {self.cfg.dataset_path!r}: no {self.cfg.seq_len} tokens of training text"
+                )
+            if epoch == 0:
+                tokens = count * self.cfg.seq_len
+                tqdm.write(f"all {tokens:,} training tokens of {self.cfg.dataset_path} read: starting over, reshuffled")
+            epoch += 1
+
+    def _refill(self) -> None:
+        """Write new rows into the slots already served, then shuffle all unread rows."""
+        free = self._order[: self._served]
+        filled = 0
+        while filled < len(free):
+            rows = self._spill if len(self._spill) else self._new_rows()
+            fits = min(len(rows), len(free) - filled)
+            slots = free[filled : filled + fits].to(self._buffer.device, non_blocking=True)
+            self._buffer[slots] = rows[:fits]
+            self._spill = rows[fits:]
+            filled += fits
+        self._order = torch.randperm(self.capacity, generator=self._rng)
+        self._served = 0
+
+    def _new_rows(self) -> Float[Tensor, "rows act_size"]:
+        """Activations of the next batch of windows at ordinary positions."""
+        tokens = next(self._token_batches)
+        kept = ordinary_positions(tokens, self.model.tokenizer).flatten().nonzero().squeeze(1)
+        device = self._buffer.device
+        acts = record(self.model, tokens.to(device, non_blocking=True), self.cfg.hook_point).flatten(0, 1)
+        rows = acts[kept.to(device, non_blocking=True)]
+        self._row_sum += rows.sum(dim=0, dtype=torch.float64)
+        self._rows += len(rows)
+        self.tokens_seen += tokens.numel()
+        return rows
+
+
+def _prefetch(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same batches, the next one being made in a thread while this one is used (tokenizers release the GIL)."""
+    with ThreadPoolExecutor(1, thread_name_prefix="tokens") as executor:
+        pending: Future = executor.submit(next, batches)
+        while True:
+            ready = pending.result()
+            pending = executor.submit(next, batches)
+            yield ready

@@ -1,0 +1,169 @@
+"""Pure metric functions, and the language model spliced with an SAE. All on held-out text when `train` calls them."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from activation_store import ordinary_positions, record
+from sae import BaseAutoencoder, SAEOutput
+
+MAX_LOGITS = 1 << 26  # in one forward pass: 256 MB of float32
+
+
+def l0_l1(out: SAEOutput) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Latents that fire, and the sum of their activations, per row on average."""
+    rows = out.sae_out.numel() // out.sae_out.shape[-1]
+    acts = out.acts if isinstance(out.acts, Tensor) else out.acts.values
+    return (acts > 0).sum() / rows, acts.sum() / rows
+
+
+def explained_variance(x: Float[Tensor, "batch act_size"], x_hat: Float[Tensor, "batch act_size"]) -> Float[Tensor, ""]:
+    """1 - sum (x - x_hat)^2 / sum (x - mean(x))^2, over rows and width together."""
+    x = x.to(x_hat.dtype)
+    return 1 - (x - x_hat).pow(2).sum() / (x - x.mean(dim=0)).pow(2).sum()
+
+
+@torch.no_grad()
+def training_metrics(sae: BaseAutoencoder, x: Float[Tensor, "batch act_size"], out: SAEOutput) -> dict[str, float]:
+    """Metrics of one training batch, as numbers: the device is waited for."""
+    l0, l1 = l0_l1(out)
+    metrics = {
+        "loss": out.loss,
+        **{f"{name}_loss": term for name, term in out.losses.items()},
+        "l0": l0,
+        "l1": l1,
+        "explained_variance": explained_variance(x, out.sae_out),
+        "dead_share": sae.dead.float().mean(),
+    }
+    return {f"train/{name}": value for name, value in _numbers(metrics).items()}
+
+
+def cross_entropy(logits: Float[Tensor, "window pos vocab"], tokens: Int[Tensor, "window pos"]) -> Float[Tensor, ""]:
+    """Mean next-token cross-entropy in nats."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def spliced_logits(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "window pos"],
+    hook_name: str,
+    replaced: Bool[Tensor, "window pos"],
+    replace: Callable[[Float[Tensor, "rows act_size"]], Float[Tensor, "rows act_size"]],
+) -> Float[Tensor, "window pos vocab"]:
+    """Logits of the model when `replace` stands in for the activations at the positions `replaced`."""
+
+    def splice(acts: Tensor, hook: object) -> Tensor:
+        acts = acts.clone()
+        rows = acts[replaced]
+        acts[replaced] = replace(rows.flatten(1)).to(acts.dtype).view_as(rows)
+        return acts
+
+    with model.hooks(fwd_hooks=[(hook_name, splice)]):
+        return model(tokens, return_type="logits")
+
+
+@torch.no_grad()
+def evaluate(
+    model: TransformerBridge,
+    saes: list[BaseAutoencoder],
+    tokens: Int[Tensor, "window pos"],
+    mean: Float[Tensor, "act_size"],
+) -> list[dict[str, float]]:
+    """Metrics of each SAE on `tokens`, which no training text should hold; all SAEs read the same hook.
+
+    tokens [window, pos] on any device; mean [act_size]: the activations' mean over training text. Special positions
+    (BOS, EOS, padding) are neither spliced nor measured. Returns for each SAE, cross-entropies (CE) in nats per token:
+        l0, l1, mse (in the SAE's normalised space), explained_variance (about the mean of these activations),
+        ce_clean, ce (with the SAE's reconstruction), ce_zero and ce_mean (with zeros, with the mean),
+        ce_degradation = ce - ce_clean (positive is worse),
+        ce_recovered = (ce_zero - ce) / (ce_zero - ce_clean), ce_recovered_mean = the same against ce_mean,
+        kl: KL(clean || spliced) in nats per token, dead_share: latents that training found dead.
+    """
+    hook_name = saes[0].cfg.hook_point
+    was_training = [sae.training for sae in saes]
+    for sae in saes:
+        sae.eval()
+    device = saes[0].W_dec.device
+    sums: list[dict[str, Tensor]] = [{} for _ in saes]
+    totals: dict[str, Tensor] = {}
+    rows, windows = 0, 0
+    for batch in _eval_batches(tokens.to(device), model.cfg.d_vocab):
+        replaced = ordinary_positions(batch, model.tokenizer)
+        x = record(model, batch, hook_name)[replaced].float()
+        clean = model(batch, return_type="logits")
+        log_p = clean[:, :-1].float().log_softmax(dim=-1)
+        weight = len(batch)
+        rows, windows = rows + len(x), windows + weight
+        _add(
+            totals,
+            ce_clean=cross_entropy(clean, batch) * weight,
+            ce_zero=_spliced_ce(model, batch, hook_name, replaced, torch.zeros_like) * weight,
+            ce_mean=_spliced_ce(model, batch, hook_name, replaced, lambda rows: mean.expand_as(rows)) * weight,
+            x=x.double().sum(dim=0),
+            x_squared=x.double().pow(2).sum(),
+        )
+        for sae, sum_ in zip(saes, sums):
+            out = sae(x)
+            l0, l1 = l0_l1(out)
+            logits = spliced_logits(model, batch, hook_name, replaced, lambda _, out=out: out.sae_out)
+            log_q = logits[:, :-1].float().log_softmax(dim=-1)
+            _add(
+                sum_,
+                l0=l0 * len(x),
+                l1=l1 * len(x),
+                mse=out.losses["mse"] * len(x),
+                squared_error=(x - out.sae_out).double().pow(2).sum(),
+                ce=cross_entropy(logits, batch) * weight,
+                kl=(log_p.exp() * (log_p - log_q)).sum(dim=-1).mean() * weight,
+            )
+    for sae, training in zip(saes, was_training):
+        sae.train(training)
+
+    variance = totals["x_squared"] - totals["x"].pow(2).sum() / rows
+    ce_clean, ce_zero, ce_mean = (totals[name] / windows for name in ("ce_clean", "ce_zero", "ce_mean"))
+    results = []
+    for sae, sum_ in zip(saes, sums):
+        ce = sum_["ce"] / windows
+        metrics = {
+            "l0": sum_["l0"] / rows,
+            "l1": sum_["l1"] / rows,
+            "mse": sum_["mse"] / rows,
+            "explained_variance": 1 - sum_["squared_error"] / variance,
+            "ce_clean": ce_clean,
+            "ce": ce,
+            "ce_zero": ce_zero,
+            "ce_mean": ce_mean,
+            "ce_degradation": ce - ce_clean,
+            "ce_recovered": (ce_zero - ce) / (ce_zero - ce_clean),
+            "ce_recovered_mean": (ce_mean - ce) / (ce_mean - ce_clean),
+            "kl": sum_["kl"] / windows,
+            "dead_share": sae.dead.float().mean(),
+        }
+        results.append(_numbers(metrics))
+    return results
+
+
+def _spliced_ce(
+    model: TransformerBridge, tokens: Tensor, hook_name: str, replaced: Tensor, replace: Callable[[Tensor], Tensor]
+) -> Float[Tensor, ""]:
+    return cross_entropy(spliced_logits(model, tokens, hook_name, replaced, replace), tokens)
+
+
+def _eval_batches(tokens: Int[Tensor, "window pos"], vocab: int) -> Iterator[Int[Tensor, "window pos"]]:
+    yield from tokens.split(max(1, MAX_LOGITS // (tokens.shape[1] * vocab)))
+
+
+def _add(sums: dict[str, Tensor], **terms: Tensor) -> None:
+    for name, term in terms.items():
+        sums[name] = sums[name] + term if name in sums else term
+
+
+def _numbers(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """One transfer from the device for all of them."""
+    values = torch.stack([v.detach().double() for v in metrics.values()]).tolist()
+    return dict(zip(metrics, values))

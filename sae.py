@@ -1,0 +1,378 @@
+"""Sparse autoencoders. All four share BaseAutoencoder; a type says only how latents are chosen and what it penalises.
+
+    z     = (x - mean) / (std + 1e-5) per token if input_unit_norm, else x        std unbiased
+    pre   = (z - b_dec) W_enc + b_enc
+    f     = VanillaSAE     relu(pre)
+            TopKSAE        relu of the k largest of each row
+            BatchTopKSAE   relu of the k * B largest of the batch; in eval mode pre * [pre > threshold]
+            JumpReLUSAE    pre * [pre > threshold_j]
+    z_hat = f W_dec + b_dec;   sae_out = z_hat * std + mean
+    loss  = mean over batch and act_size of (z_hat - z)^2
+            + Vanilla            l1_coeff * mean over batch of sum_j f_j ||W_dec_j||
+            + JumpReLU           l1_coeff * mean over batch of sum_j [pre_j > threshold_j]
+            + TopK, BatchTopK    aux_penalty * AuxK
+
+Sources: TopK and AuxK, Gao et al. 2024 (arXiv:2406.04093); BatchTopK, Bussmann et al. 2024 (arXiv:2412.06410);
+JumpReLU, Rajamanoharan et al. 2024 (arXiv:2407.14435); the weighted L1, Conerly et al. 2024 (April update).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+import sparse
+from config import Config, SaeType
+from sparse import Selection, SparseLatents, Support
+
+NORM_EPS = 1e-5
+THRESHOLD_MEMORY = 0.99  # of BatchTopK's running mean; about the last 100 batches
+
+
+@dataclass(frozen=True)
+class SAEOutput:
+    """What `sae(x)` returns: the reconstruction in x's space and shape, and the loss with its named, weighted terms."""
+
+    sae_out: Float[Tensor, "*batch act_size"]
+    acts: SparseLatents | Float[Tensor, "rows dict_size"]
+    """The latents as the forward pass had them: dense only where too many fire for the sparse code to pay."""
+    losses: dict[str, Float[Tensor, ""]]
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        return torch.stack(list(self.losses.values())).sum()
+
+    @property
+    def latents(self) -> SparseLatents:
+        return self.acts if isinstance(self.acts, SparseLatents) else SparseLatents.from_dense(self.acts)
+
+
+class Normalised(NamedTuple):
+    """z, and the per-token std and mean that map a reconstruction back."""
+
+    z: Float[Tensor, "batch act_size"]
+    std: Float[Tensor, "batch 1"] | float
+    mean: Float[Tensor, "batch 1"] | float
+
+
+class BaseAutoencoder(nn.Module):
+    """What the types share: parameters, normalisation, the decoder, the counters of dead latents.
+
+    W_enc [act_size, dict_size] (stored latent by latent, so its gradient is written row by row like the decoder's),
+    b_enc [dict_size], W_dec [dict_size, act_size] with rows of norm 1, b_dec [act_size].
+    Raises ValueError when cfg.act_size is not given.
+    """
+
+    uses_auxk: ClassVar[bool] = False
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        if cfg.act_size is None:
+            raise ValueError("act_size = None: give the width of the activations, such as 768 for gpt2")
+        self.cfg = cfg
+        D, F = cfg.act_size, cfg.dict_size
+        rng = torch.Generator().manual_seed(cfg.seed)
+        directions = torch.randn(F, D, generator=rng)
+        directions /= directions.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(directions)
+        self.W_enc = nn.Parameter(directions.clone().t())
+        self.b_enc = nn.Parameter(torch.zeros(F))
+        self.b_dec = nn.Parameter(torch.zeros(D))
+        self.l1_coeff = cfg.l1_coeff  # what is in force now: training warms it up
+        self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
+        self.register_buffer("input_scale", torch.ones(()))
+
+    # ---- what a type says ----
+
+    def select(self, centred: Float[Tensor, "batch act_size"]) -> Selection | None:
+        """The latents that can fire or receive gradient; None when they are so many that dense products are faster."""
+        raise NotImplementedError
+
+    def activate(self, pre: Tensor, support: Support | None) -> Tensor:
+        """Latents f from pre-activations: [nnz] on a support, or dense [batch, dict_size] without one."""
+        raise NotImplementedError
+
+    def penalty(self, pre: Tensor, acts: Tensor, support: Support | None, batch: int) -> dict[str, Float[Tensor, ""]]:
+        """Named loss terms beside the reconstruction's."""
+        return {}
+
+    # ---- the shared computation ----
+
+    def forward(self, x: Float[Tensor, "*batch act_size"]) -> SAEOutput:
+        """Reconstruct x. In training mode the counters of dead latents move; parameters never do.
+
+        Raises ValueError when x has another width, no rows or no floating-point numbers.
+        """
+        self._check_input(x)
+        z, std, mean = self.normalise(x.reshape(-1, x.shape[-1]))
+        centred = (z - self.b_dec).detach()
+        selection = self.select(centred)
+        if selection is None:
+            support = None
+            pre = self.dense_pre_activations(z)
+        else:
+            support = selection.support
+            pre = sparse.pre_activations(z, self.W_enc, self.b_enc, self.b_dec, centred, selection)
+        acts = self.activate(pre, support)
+        z_hat = self._decode(acts, support) + self.b_dec
+
+        losses = {"mse": (z_hat - z).pow(2).mean()} | self.penalty(pre, acts, support, len(z))
+        if self.uses_auxk and self.training:
+            losses |= self._auxk(z, (z - z_hat).detach())
+        if self.training:
+            self._count_fired(acts, support, len(z))
+        sae_out = (z_hat * std + mean).view(x.shape)
+        return SAEOutput(sae_out, acts if support is None else SparseLatents(acts, support), losses)
+
+    def encode(self, x: Float[Tensor, "*batch act_size"]) -> Float[Tensor, "*batch dict_size"]:
+        """Latents of x, dense, as in evaluation whatever the mode: a row's latents do not depend on its batch."""
+        self._check_input(x)
+        z = self.normalise(x.reshape(-1, x.shape[-1])).z
+        acts = self.activate_eval(self.dense_pre_activations(z))
+        return acts.view(*x.shape[:-1], -1)
+
+    def activate_eval(self, pre: Float[Tensor, "batch dict_size"]) -> Float[Tensor, "batch dict_size"]:
+        return self.activate(pre, None)
+
+    def decode(self, acts: Float[Tensor, "*batch dict_size"]) -> Float[Tensor, "*batch act_size"]:
+        """Reconstruction from latents, in z space: a token's mean and scale, if normalised, are not in its latents."""
+        return acts @ self.W_dec + self.b_dec
+
+    def normalise(self, x: Float[Tensor, "batch act_size"]) -> Normalised:
+        x = x.to(self.W_enc.dtype)
+        if not self.cfg.input_unit_norm:
+            return Normalised(x, 1.0, 0.0)
+        mean, std = x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True)
+        return Normalised((x - mean) / (std + NORM_EPS), std, mean)
+
+    def dense_pre_activations(self, z: Float[Tensor, "batch act_size"]) -> Float[Tensor, "batch dict_size"]:
+        return (z - self.b_dec) @ self.W_enc + self.b_enc
+
+    def _decode(self, acts: Tensor, support: Support | None) -> Float[Tensor, "batch act_size"]:
+        return acts @ self.W_dec if support is None else sparse.decode(acts, support, self.W_dec)
+
+    def _check_input(self, x: Tensor) -> None:
+        D = self.cfg.act_size
+        if not (x.is_floating_point() and x.ndim >= 1 and x.shape[-1] == D and x.numel() > 0):
+            raise ValueError(
+                f"x = {x.dtype} {list(x.shape)}: give floating-point activations [..., {D}], at least one row"
+            )
+
+    # ---- dead latents ----
+
+    @property
+    def dead(self) -> Bool[Tensor, "dict_size"]:
+        """Latents that have not fired for `dead_after_tokens` training tokens."""
+        return self.tokens_since_fired >= self.cfg.dead_after_tokens
+
+    @torch.no_grad()
+    def _count_fired(self, acts: Tensor, support: Support | None, batch: int) -> None:
+        if support is None:
+            fired = (acts > 0).any(dim=0)
+        else:
+            counts = torch.zeros_like(self.b_enc).index_add_(0, support.indices, (acts > 0).to(self.b_enc.dtype))
+            fired = counts > 0
+        self.tokens_since_fired += batch
+        self.tokens_since_fired.masked_fill_(fired, 0)
+
+    def _auxk(self, z: Float[Tensor, "batch act_size"], error: Float[Tensor, "batch act_size"]) -> dict[str, Tensor]:
+        """AuxK (Gao et al. 2024, appendix A.2): dead latents alone explain the error of the live ones.
+
+        Its loss is the error's unexplained share, MSE(e_hat, e) / MSE(mean(e), e): 1 where they explain nothing.
+        """
+        dead = self.dead.nonzero().squeeze(1)
+        if len(dead) == 0:
+            return {}
+        pre = (z - self.b_dec) @ self.W_enc.t()[dead].t() + self.b_enc[dead]  # [batch, dead]
+        acts = torch.relu(pre)
+        if len(dead) > self.cfg.top_k_aux:
+            acts = acts * sparse.topk_mask(pre, self.cfg.top_k_aux)
+        unexplained = (acts @ self.W_dec[dead] - error).pow(2).mean()
+        variance = (error - error.mean(dim=0)).pow(2).mean()
+        return {"auxk": self.cfg.aux_penalty * unexplained / variance.clamp_min(torch.finfo(variance.dtype).eps)}
+
+    # ---- training ----
+
+    @torch.no_grad()
+    def initialise_from(self, x: Float[Tensor, "batch act_size"]) -> None:
+        """Before the first step: b_dec becomes a batch's mean, and input_scale the rms distance of its rows from it."""
+        self._check_input(x)
+        z = self.normalise(x).z
+        self.b_dec.copy_(z.mean(dim=0))
+        self.input_scale.copy_((z - self.b_dec).pow(2).sum(dim=1).mean().sqrt())
+
+    @torch.no_grad()
+    def project_decoder_gradient(self) -> None:
+        """Remove from W_dec's gradient what would only change the norms of its rows. Before the optimiser step."""
+        assert self.W_dec.grad is not None
+        parallel = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)  # [dict_size], rows of W_dec have norm 1
+        self.W_dec.grad.addcmul_(self.W_dec, parallel[:, None], value=-1)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Put the parameters back where they must be: decoder rows of norm 1. After the optimiser step."""
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+
+
+class VanillaSAE(BaseAutoencoder):
+    """ReLU latents and an L1 penalty, weighted by the norms of the decoder rows (which are 1 in training)."""
+
+    def select(self, centred: Tensor) -> Selection | None:
+        return sparse.select_above(centred, self.W_enc, self.b_enc, torch.zeros_like(self.b_enc), sparse.MAX_DENSITY)
+
+    def activate(self, pre: Tensor, support: Support | None) -> Tensor:
+        return torch.relu(pre)
+
+    def penalty(self, pre: Tensor, acts: Tensor, support: Support | None, batch: int) -> dict[str, Tensor]:
+        norms = _at(self.W_dec.norm(dim=1), support)
+        return {"l1": self.l1_coeff * (acts * norms).sum() / batch}
+
+
+class TopKSAE(BaseAutoencoder):
+    """The k largest pre-activations of each token, where positive."""
+
+    uses_auxk = True
+
+    def select(self, centred: Tensor) -> Selection | None:
+        return sparse.select_topk(centred, self.W_enc, self.b_enc, self.cfg.top_k)
+
+    def activate(self, pre: Tensor, support: Support | None) -> Tensor:
+        return torch.relu(pre if support is not None else pre * sparse.topk_mask(pre, self.cfg.top_k))
+
+
+class BatchTopKSAE(BaseAutoencoder):
+    """The k * batch largest pre-activations of a batch in training; in eval mode those above a learned threshold.
+
+    threshold (buffer, scalar): bias-corrected running mean of the smallest latent a training batch kept.
+    """
+
+    uses_auxk = True
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__(cfg)
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
+
+    def select(self, centred: Tensor) -> Selection | None:
+        if self.training:
+            selection = sparse.select_batchtopk(
+                centred, self.W_enc, self.b_enc, self.cfg.top_k, guess=0.9 * self.threshold
+            )
+            self._update_threshold(selection.pre)
+            return selection
+        floor = self.threshold.expand_as(self.b_enc)
+        return sparse.select_above(centred, self.W_enc, self.b_enc, floor, sparse.MAX_DENSITY)
+
+    def activate(self, pre: Tensor, support: Support | None) -> Tensor:
+        if support is not None:
+            return torch.relu(pre)
+        if self.training:
+            return torch.relu(pre * sparse.batchtopk_mask(pre, self.cfg.top_k))
+        return self.activate_eval(pre)
+
+    def activate_eval(self, pre: Tensor) -> Tensor:
+        return pre * (pre > self.threshold)
+
+    @torch.no_grad()
+    def _update_threshold(self, kept: Float[Tensor, "nnz"]) -> None:
+        """With weight (1 - m) / (1 - m^n) on the n-th value, the running mean is free of its start at 0."""
+        smallest = torch.where(kept > 0, kept, torch.inf).amin()
+        self.threshold_updates += 1
+        weight = (1 - THRESHOLD_MEMORY) / (1 - THRESHOLD_MEMORY**self.threshold_updates)
+        self.threshold.lerp_(torch.where(smallest.isfinite(), smallest, self.threshold), weight.to(smallest.dtype))
+
+
+class _JumpReLU(torch.autograd.Function):
+    """pre * [pre > threshold], with d / d threshold = -(threshold / eps) [|pre - threshold| < eps / 2].
+
+    The straight-through estimator of Rajamanoharan et al. 2024, equation 11, with a rectangular window of width eps.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, pre: Tensor, threshold: Tensor, eps: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, threshold, eps)
+        return pre * (pre > threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pre, threshold, eps = ctx.saved_tensors
+        d_threshold = -(threshold / eps) * grad * _in_window(pre, threshold, eps)
+        return grad * (pre > threshold), d_threshold.sum_to_size(threshold.shape), None
+
+
+class _Step(torch.autograd.Function):
+    """[pre > threshold], with d / d threshold = -(1 / eps) [|pre - threshold| < eps / 2], none to pre (equation 12)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, pre: Tensor, threshold: Tensor, eps: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, threshold, eps)
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pre, threshold, eps = ctx.saved_tensors
+        return None, (-grad / eps * _in_window(pre, threshold, eps)).sum_to_size(threshold.shape), None
+
+
+def _in_window(pre: Tensor, threshold: Tensor, eps: Tensor) -> Bool[Tensor, "..."]:
+    return (pre - threshold).abs() < eps / 2
+
+
+class JumpReLUSAE(BaseAutoencoder):
+    """A learned threshold per latent, and an L0 penalty that reaches it through a straight-through estimator.
+
+    threshold [dict_size], kept at 0 or above by training.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__(cfg)
+        self.threshold = nn.Parameter(torch.full((cfg.dict_size,), cfg.threshold_init))
+
+    @property
+    def eps(self) -> Float[Tensor, ""]:
+        """Width of the window, in the units of the pre-activations."""
+        return self.cfg.bandwidth * self.input_scale
+
+    @torch.no_grad()
+    def initialise_from(self, x: Tensor) -> None:
+        super().initialise_from(x)
+        self.threshold.fill_(self.cfg.threshold_init * self.input_scale)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        super().constrain()
+        self.threshold.clamp_(min=0)
+
+    def select(self, centred: Tensor) -> Selection | None:
+        floor = self.threshold.detach() - (self.eps / 2 if self.training else 0.0)
+        return sparse.select_above(centred, self.W_enc, self.b_enc, floor, sparse.MAX_DENSITY)
+
+    def activate(self, pre: Tensor, support: Support | None) -> Tensor:
+        return _JumpReLU.apply(pre, _at(self.threshold, support), self.eps)
+
+    def penalty(self, pre: Tensor, acts: Tensor, support: Support | None, batch: int) -> dict[str, Tensor]:
+        fires = _Step.apply(pre, _at(self.threshold, support), self.eps)
+        return {"l0": self.l1_coeff * fires.sum() / batch}
+
+
+def _at(per_latent: Float[Tensor, "dict_size"], support: Support | None) -> Tensor:
+    """A number of each latent, beside pre-activations: one per entry of a support, or broadcast over dense rows."""
+    return per_latent if support is None else per_latent.index_select(0, support.indices)
+
+
+SAE_TYPES: dict[SaeType, type[BaseAutoencoder]] = {
+    "vanilla": VanillaSAE,
+    "topk": TopKSAE,
+    "batchtopk": BatchTopKSAE,
+    "jumprelu": JumpReLUSAE,
+}
+
+
+def build_sae(cfg: Config) -> BaseAutoencoder:
+    """The autoencoder that cfg.sae_type names, on cfg's device."""
+    return SAE_TYPES[cfg.sae_type](cfg).to(cfg.torch_device)

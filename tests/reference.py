@@ -1,0 +1,119 @@
+"""DESIGN section 4, dense and in float64, written from its formulas alone: what sae.py and sparse.py are held against.
+
+Gradients come from ordinary autograd, except JumpReLU's, whose straight-through estimators are written out by hand.
+`params` holds W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and, for JumpReLU [F] and BatchTopK [], threshold.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+class Reference(NamedTuple):
+    sae_out: Tensor  # [B, D]
+    latents: Tensor  # [B, F]
+    losses: dict[str, Tensor]
+    grads: dict[str, dict[str, Tensor]]  # term -> name of a parameter, or "x" -> gradient
+
+
+def reference(
+    sae_type: str,
+    params: Params,
+    x: Tensor,  # [B, D]
+    *,
+    training: bool,
+    input_unit_norm: bool,
+    top_k: int,
+    l1_coeff: float,
+    eps: float,
+    aux_penalty: float,
+    top_k_aux: int,
+    dead: Tensor,  # [F], bool
+) -> Reference:
+    """Output, latents, loss terms, and the gradient of every term with respect to x and every parameter."""
+    p = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
+    x = x.detach().clone().requires_grad_()
+    z, std, mean = normalise(x) if input_unit_norm else (x, 1.0, 0.0)
+    pre = (z - p["b_dec"]) @ p["W_enc"] + p["b_enc"]  # [B, F]
+    if sae_type == "vanilla":
+        f = pre.clamp(min=0)
+    elif sae_type == "topk":
+        f = pre.clamp(min=0) * torch.stack([largest(row, top_k) for row in pre])
+    elif sae_type == "batchtopk" and training:
+        f = pre.clamp(min=0) * largest(pre, top_k * len(x))
+    else:
+        f = pre * (pre > p["threshold"]).double()
+    z_hat = f @ p["W_dec"] + p["b_dec"]
+    sae_out = z_hat * std + mean
+
+    losses = {"mse": ((z_hat - z) ** 2).sum() / z.numel()}
+    if sae_type == "vanilla":
+        losses["l1"] = l1_coeff * (f * p["W_dec"].square().sum(dim=1).sqrt()).sum(dim=1).mean()
+    if sae_type == "jumprelu":
+        losses["l0"] = l1_coeff * (pre > p["threshold"]).double().sum(dim=1).mean()
+    if sae_type in ("topk", "batchtopk") and training and dead.any():
+        losses["auxk"] = aux_penalty * auxk(pre[:, dead], p["W_dec"][dead], (z - z_hat).detach(), top_k_aux)
+
+    if sae_type == "jumprelu":
+        dz, grads = jumprelu_gradients(p, z.detach(), l1_coeff, eps)
+        for term in losses:
+            grads[term]["x"] = (
+                torch.autograd.grad(z, x, dz[term], retain_graph=True)[0] if input_unit_norm else dz[term]
+            )
+    else:
+        grads = {}
+        wanted = {"x": x} | {name: value for name, value in p.items() if name != "threshold"}
+        for term, loss in losses.items():
+            found = torch.autograd.grad(loss, list(wanted.values()), retain_graph=True, materialize_grads=True)
+            grads[term] = dict(zip(wanted, found))
+    return Reference(sae_out.detach(), f.detach(), {t: l.detach() for t, l in losses.items()}, grads)
+
+
+def normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    D = x.shape[1]
+    mean = x.sum(dim=1, keepdim=True) / D
+    std = (((x - mean) ** 2).sum(dim=1, keepdim=True) / (D - 1)).sqrt()
+    return (x - mean) / (std + 1e-5), std, mean
+
+
+def largest(numbers: Tensor, count: int) -> Tensor:
+    """1 at the `count` largest of all numbers (which must differ), 0 elsewhere."""
+    smallest_kept = numbers.detach().flatten().sort(descending=True).values[count - 1]
+    return (numbers >= smallest_kept).double()
+
+
+def auxk(pre: Tensor, W_dec: Tensor, error: Tensor, top_k_aux: int) -> Tensor:
+    """MSE(e_hat, e) / MSE(mean(e), e) of the dead latents: pre [B, dead], W_dec [dead, D], error [B, D]."""
+    f = pre.clamp(min=0) * torch.stack([largest(row, min(top_k_aux, len(row))) for row in pre])
+    return ((f @ W_dec - error) ** 2).mean() / ((error.mean(dim=0) - error) ** 2).mean()
+
+
+def jumprelu_gradients(
+    p: Params, z: Tensor, l1_coeff: float, eps: float
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Gradient of z, and gradients of the parameters, per loss term. No autograd."""
+    W_enc, b_enc, W_dec, b_dec, threshold = (
+        p[name].detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    )
+    B, D = z.shape
+    pre = (z - b_dec) @ W_enc + b_enc  # [B, F]
+    fires = (pre > threshold).double()
+    window = ((pre - threshold).abs() < eps / 2).double()
+    f = pre * fires
+    g = 2 * (f @ W_dec + b_dec - z) / (B * D)  # d mse / d z_hat [B, D]
+    df = g @ W_dec.T  # [B, F]
+    dpre = df * fires
+    dcentred = dpre @ W_enc.T  # [B, D]
+    zeros = {name: torch.zeros_like(value) for name, value in p.items()}
+    mse = {
+        "W_enc": (z - b_dec).T @ dpre,
+        "b_enc": dpre.sum(dim=0),
+        "W_dec": f.T @ g,
+        "b_dec": g.sum(dim=0) - dcentred.sum(dim=0),
+        "threshold": (df * -(threshold / eps) * window).sum(dim=0),
+    }
+    l0 = zeros | {"threshold": l1_coeff / B * (-(1 / eps) * window).sum(dim=0)}
+    return {"mse": dcentred - g, "l0": torch.zeros_like(z)}, {"mse": mse, "l0": l0}

@@ -1,0 +1,363 @@
+"""results.py against run folders made by hand; every number here was worked out on paper."""
+
+import inspect
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
+
+import numpy as np
+import pandas as pd
+import pytest
+import wandb
+
+import results
+from config import Config, SaeType
+from results import format_table, load_results, plot_pareto, save_figures
+
+RESULTS = Path(results.__file__)
+REAL_API = wandb.Api
+
+
+def evaluation(l0: float, explained_variance: float = 0.8, ce_recovered: float = 0.9, step: int = 488) -> dict:
+    metrics = dict(l0=l0, explained_variance=explained_variance, ce_recovered=ce_recovered, dead_share=0.0625, mse=0.2)
+    return {"step": step, "tokens": 2048 * step} | {f"eval/{key}": value for key, value in metrics.items()}
+
+
+def write_sae(sweep: Path, cfg: Config, *lines: dict) -> Path:
+    folder = sweep / cfg.name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(cfg.to_dict()))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def twelve(sweep: Path) -> Path:
+    """Four types at three sparsity levels, written in an order that is neither the table's nor the plot's."""
+    for i, sae_type in enumerate(("jumprelu", "batchtopk", "vanilla", "topk")):
+        for k in (32, 64, 16):
+            cfg = Config(sae_type=sae_type, top_k=k, l1_coeff=0.1 / k)
+            write_sae(sweep, cfg, evaluation(l0=k + i, explained_variance=0.5 + k / 200, ce_recovered=0.6 + k / 200))
+    return sweep
+
+
+def frame(*saes: tuple[str, int, float, float, float]) -> pd.DataFrame:
+    """A table as load_results gives it, of (sae_type, dict_size, l0, explained_variance, ce_recovered)."""
+    df = pd.DataFrame(saes, columns=["sae_type", "dict_size", "l0", "explained_variance", "ce_recovered"])
+    return df.assign(run="sweep", top_k=32, l1_coeff=0.004, dead_share=0.0625)
+
+
+# ---- load_results ----
+
+
+def test_columns_of_one_sae(tmp_path: Path) -> None:
+    cfg = Config(sae_type="topk", top_k=16, lr=0.002)
+    first = evaluation(l0=20.0, explained_variance=0.3, step=200)
+    training = {"step": 300, "tokens": 614_400, "train/loss": 0.5, "train/l0": 99.0}
+    last = evaluation(l0=15.5, explained_variance=0.75) | {"eval/new_metric": 7.0}
+    folder = write_sae(tmp_path / "tiny-1", cfg, first, training, last)
+    (sae,) = load_results(folder).itertuples()
+    assert (sae.run, sae.name, sae.step, sae.tokens) == ("tiny-1", cfg.name, 488, 999_424)
+    assert (sae.l0, sae.explained_variance, sae.ce_recovered, sae.dead_share, sae.mse) == (15.5, 0.75, 0.9, 0.0625, 0.2)
+    assert sae.new_metric == 7.0
+    assert math.isnan(sae.kl)
+    assert {f: getattr(sae, f) for f, v in cfg.to_dict().items() if v is not None} == {
+        f: v for f, v in cfg.to_dict().items() if v is not None
+    }
+
+
+def test_relative_folder_keeps_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = Config()
+    monkeypatch.chdir(write_sae(tmp_path / "tiny-1", cfg, evaluation(30.0)))
+    (sae,) = load_results(".").itertuples()
+    assert (sae.run, sae.name) == ("tiny-1", cfg.name)
+
+
+def test_sorted_by_type_then_width_then_l0(tmp_path: Path) -> None:
+    wanted = [
+        ("vanilla", 2048, 40.0), ("topk", 512, 30.0), ("topk", 2048, 9.0), ("topk", 2048, 31.0), ("topk", 12288, 8.0),
+        ("batchtopk", 2048, 5.0), ("jumprelu", 2048, 1.0),
+    ]  # fmt: skip
+    for seed, (sae_type, dict_size, l0) in enumerate(reversed(wanted)):
+        write_sae(tmp_path / "s", Config(sae_type=sae_type, dict_size=dict_size, seed=seed), evaluation(l0))
+    df = load_results(tmp_path)
+    assert list(df[["sae_type", "dict_size", "l0"]].itertuples(index=False, name=None)) == wanted
+    assert list(df.index) == list(range(7))
+
+
+def test_every_type_of_config_has_a_place() -> None:
+    assert tuple(results.TYPES) == get_args(SaeType)
+
+
+@pytest.mark.parametrize("rest", ['{"step": 489, "eval/l0": 9', '{"step": 489, "eval/l0": 9\n', "{"])
+def test_incomplete_last_line_is_skipped(tmp_path: Path, rest: str) -> None:
+    folder = write_sae(tmp_path / "s", Config(), evaluation(30.0))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(rest)
+    (sae,) = load_results(tmp_path).itertuples()
+    assert (sae.l0, sae.step) == (30.0, 488)
+
+
+def test_last_line_without_newline_counts(tmp_path: Path) -> None:
+    folder = write_sae(tmp_path / "s", Config(), evaluation(30.0))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(evaluation(31.0, step=489)))
+    (sae,) = load_results(tmp_path).itertuples()
+    assert (sae.l0, sae.step) == (31.0, 489)
+
+
+def test_corrupt_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    folder = write_sae(tmp_path / "s", Config(), evaluation(30.0))
+    line = json.dumps(evaluation(30.0))
+    (folder / "metrics.jsonl").write_text(f'{line}\n{{"step": 1, "ev\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON") as error:
+        load_results(tmp_path)
+    assert str(folder / "metrics.jsonl") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_corrupt_config_is_named(tmp_path: Path) -> None:
+    folder = write_sae(tmp_path / "s", Config(), evaluation(30.0))
+    (folder / "config.json").write_text('{"model_name": ')
+    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+        load_results(tmp_path)
+
+
+def test_several_sweeps_and_one_of_them(tmp_path: Path) -> None:
+    write_sae(tmp_path / "old", Config(sae_type="topk"), evaluation(31.0))
+    write_sae(tmp_path / "new", Config(sae_type="topk"), evaluation(32.0))
+    write_sae(tmp_path / "new", Config(sae_type="vanilla"), evaluation(33.0))
+    assert list(load_results(tmp_path)["run"]) == ["new", "old", "new"]
+    assert list(load_results(str(tmp_path), group="old")["l0"]) == [31.0]
+    with pytest.raises(ValueError, match="holds no runs of the sweep 'odd'"):
+        load_results(tmp_path, group="odd")
+
+
+def test_latest_checkpoint_is_the_largest_number(tmp_path: Path) -> None:
+    first, second = Config(seed=1), Config(seed=2)
+    folder = write_sae(tmp_path / "s", first, evaluation(30.0))
+    for name in ("step-999", "step-1000", "step-000488", "step-002000.tmp"):
+        (folder / name).mkdir()
+    write_sae(tmp_path / "s", second, evaluation(31.0))
+    with_one, without = load_results(tmp_path)["checkpoint"]
+    assert with_one == str(folder / "step-1000")
+    assert without is None
+
+
+@pytest.mark.parametrize("lines", [(), ({"step": 20, "tokens": 40_960, "train/loss": 0.5, "train/l0": 9.0},)])
+def test_no_evaluation_yet(tmp_path: Path, lines: tuple[dict, ...]) -> None:
+    write_sae(tmp_path / "s", Config(), *lines)
+    df = load_results(tmp_path)
+    assert (df["step"][0], df["tokens"][0]) == ((20, 40_960) if lines else (0, 0))
+    assert df[list(results.METRICS)].isna().all(axis=None)
+    assert format_table(df).splitlines()[1].split() == ["batchtopk", "2048", "k=32", "-", "-", "-", "-"]
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_pareto(df)
+
+
+def test_missing_folder_and_folder_without_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone: no such folder$"):
+        load_results(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r": holds no runs$"):
+        load_results(tmp_path)
+
+
+class FakeApi:
+    """Stands in for wandb.Api: the runs of one project, filtered by group as the server does it."""
+
+    def runs(self, path: str, filters: dict, lazy: bool) -> list[SimpleNamespace]:
+        assert path == "me/saes"
+        inspect.signature(REAL_API.runs).bind(self, path, filters=filters, lazy=lazy)
+        summary = evaluation(l0=31.5) | {"eval/kl": "NaN", "train/loss": 0.5, "_step": 12, "_wandb": {"runtime": 3}}
+        runs = [
+            SimpleNamespace(group=group, name=cfg.name, config=cfg.to_dict(), summary_metrics=summary)
+            for group, cfg in (("a", Config(sae_type="jumprelu")), ("a", Config(sae_type="topk")), (None, Config()))
+        ]
+        return [run for run in runs if "group" not in filters or run.group == filters["group"]]
+
+
+def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb, "Api", FakeApi)
+    df = load_results("wandb:me/saes", group="a")
+    assert list(df["run"]) == ["a", "a"]
+    assert list(df["name"]) == [Config(sae_type="topk").name, Config(sae_type="jumprelu").name]
+    sae = df.iloc[0]
+    assert (sae["step"], sae["tokens"], sae["l0"], sae["top_k"]) == (488, 999_424, 31.5, 32)
+    assert math.isnan(sae["kl"]) and df["kl"].dtype == np.float64
+    assert sae["checkpoint"] is None
+    assert "train/loss" not in df and "_step" not in df
+    everything = load_results("wandb:me/saes")
+    assert list(everything["run"]) == ["a", "", "a"]
+    assert len(format_table(everything).splitlines()) == 2 + 1 + 1 + 4  # two sweeps: names, headers, gap, SAEs
+
+
+def test_wandb_columns_are_the_folders_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb, "Api", FakeApi)
+    write_sae(tmp_path / "s", Config(), evaluation(31.5))
+    assert list(load_results("wandb:me/saes")) == list(load_results(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["wandb:", "wandb:saes", "wandb:me/", "wandb:me/saes/run"])
+def test_wandb_needs_entity_and_project(source: str) -> None:
+    with pytest.raises(ValueError, match='give "wandb:entity/project"'):
+        load_results(source)
+
+
+# ---- format_table ----
+
+
+def test_table_of_two(tmp_path: Path) -> None:
+    write_sae(tmp_path / "s", Config(sae_type="batchtopk", top_k=8), evaluation(7.96, 0.8126, 0.9004))
+    write_sae(tmp_path / "s", Config(sae_type="jumprelu", l1_coeff=0.004), evaluation(123.4))
+    assert format_table(load_results(tmp_path)).splitlines() == [
+        "type       dict  setting      L0  expl. var.  CE recovered  dead %",
+        "batchtopk  2048  k=8         8.0       0.813         0.900     6.2",
+        "jumprelu   2048  l1=0.004  123.4       0.800         0.900     6.2",
+    ]
+
+
+def test_table_of_fifteen_is_at_most_80_wide() -> None:
+    wide = [(sae_type, 2**20, 131_071.9, -1_234_567.89, -98_765.4321) for sae_type in ("batchtopk", "jumprelu")]
+    df = frame(*wide, *(("topk", 2048, 32.0, 0.8, math.nan) for _ in range(13)))
+    df["l1_coeff"] = 0.000123456789
+    lines = format_table(df).splitlines()
+    assert len(lines) == 16
+    assert max(map(len, lines)) <= 80
+    assert "1048576" in lines[1] and "k=32" in lines[1] and "l1=0.000123457" in lines[2]
+
+
+def test_table_of_several_sweeps_names_each() -> None:
+    df = pd.concat([frame(("topk", 2048, 32.0, 0.8, 0.9)), frame(("vanilla", 2048, 40.0, 0.7, 0.8))])
+    lines = format_table(df.assign(run=["tiny-2", "tiny-1"])).splitlines()
+    assert [line.split(" ")[0] for line in lines] == [
+        "tiny-1",
+        "type",
+        "vanilla",
+        "",
+        "tiny-2",
+        "type",
+        "topk",
+    ]
+
+
+# ---- plot_pareto ----
+
+
+def test_plot_has_a_sorted_line_per_type(tmp_path: Path) -> None:
+    figure = plot_pareto(load_results(twelve(tmp_path / "s")))
+    for axes, intercept in zip(figure.axes, (0.5, 0.6)):
+        lines = {line.get_label(): line for line in axes.lines}
+        assert sorted(lines) == ["BatchTopK 2048", "JumpReLU 2048", "TopK 2048", "Vanilla 2048"]
+        for name, offset in (("JumpReLU", 0), ("BatchTopK", 1), ("Vanilla", 2), ("TopK", 3)):
+            x, y = lines[f"{name} 2048"].get_data()
+            np.testing.assert_allclose(x, [16 + offset, 32 + offset, 64 + offset])
+            np.testing.assert_allclose(y, [intercept + 0.08, intercept + 0.16, intercept + 0.32])
+
+
+def test_plot_colours_are_fixed_by_type() -> None:
+    both = plot_pareto(frame(("jumprelu", 512, 8.0, 0.5, 0.6), ("vanilla", 512, 9.0, 0.5, 0.6)))
+    alone = plot_pareto(frame(("jumprelu", 2048, 8.0, 0.5, 0.6)))
+    colours = {line.get_label(): line.get_color() for line in both.axes[0].lines}
+    assert colours["JumpReLU 512"] == alone.axes[0].lines[0].get_color() != colours["Vanilla 512"]
+
+
+def test_plot_has_a_line_per_width_told_apart() -> None:
+    df = frame(
+        *(("topk", F, k, 0.5, 0.6) for F in (512, 2048, 12288) for k in (16.0, 32.0)), ("vanilla", 512, 9, 0.5, 0.6)
+    )
+    figure = plot_pareto(df)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    topk = [lines[f"TopK {F}"] for F in (512, 2048, 12288)]
+    assert all(len(line.get_xdata()) == 2 for line in topk)
+    assert len({line.get_marker() for line in topk}) == len({line.get_linestyle() for line in topk}) == 3
+    assert lines["Vanilla 512"].get_marker() == lines["TopK 512"].get_marker()
+    legend = {h.get_label(): h for h in figure.legends[0].legend_handles}
+    assert list(legend) == ["Vanilla", "512 latents", "TopK", "2048 latents", " ", "12288 latents"]
+    for F in (512, 2048, 12288):
+        assert legend[f"{F} latents"].get_marker() == lines[f"TopK {F}"].get_marker()
+        assert legend[f"{F} latents"].get_linestyle() == lines[f"TopK {F}"].get_linestyle()
+    assert legend["TopK"].get_color() == lines["TopK 512"].get_color()
+
+
+def test_plot_axes() -> None:
+    figure = plot_pareto(frame(("topk", 2048, 9.0, 0.5, 0.6), ("topk", 2048, 120.0, 0.9, 0.95)))
+    figure.draw_without_rendering()
+    for axes, y_label in zip(figure.axes, ("Explained variance (share)", "CE recovered (share)")):
+        assert axes.get_xlabel() == "L0 (latents active per token)"
+        assert axes.get_ylabel() == y_label
+        assert axes.get_xscale() == "log"
+        low, high = axes.get_xlim()
+        shown = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        assert shown == ["8", "16", "32", "64", "128"]
+
+
+@pytest.mark.parametrize("l0s", [(30.8,), (33.0, 36.0), (16.5, 31.0)])
+def test_plot_of_a_narrow_range_shows_two_ticks(l0s: tuple[float, ...]) -> None:
+    axes = plot_pareto(frame(*(("topk", 2048, l0, 0.5, 0.6) for l0 in l0s))).axes[0]
+    low, high = axes.get_xlim()
+    assert sum(low <= 2**i <= high for i in range(12)) >= 2
+    assert low < min(l0s) and max(l0s) < high
+
+
+def test_plot_leaves_out_what_has_no_place() -> None:
+    df = frame(
+        ("topk", 2048, 32.0, 0.8, 0.9),
+        ("topk", 2048, 16.0, math.nan, 0.9),
+        ("topk", 2048, 17.0, 0.8, -math.inf),
+        ("vanilla", 2048, 0.0, 0.0, 0.0),
+        ("jumprelu", 512, math.nan, math.nan, math.nan),
+    )
+    figure = plot_pareto(df)
+    for axes in figure.axes:
+        assert [list(line.get_xdata()) for line in axes.lines] == [[32.0]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["TopK"]
+
+
+@pytest.mark.parametrize("widths", [(2048,), (3072, 6144, 12288, 24576), (1024, 2048, 4096, 8192, 16384, 32768)])
+def test_legend_lies_on_the_figure_and_off_the_panels(widths: tuple[int, ...]) -> None:
+    figure = plot_pareto(frame(*((t, F, k, 0.5, 0.6) for t in results.TYPES for F in widths for k in (16.0, 32.0))))
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1 and figure.bbox.y0 <= legend.y0
+
+
+def test_plot_leaves_pyplot_alone() -> None:
+    code = "import sys, results; assert 'matplotlib.pyplot' not in sys.modules; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=RESULTS.parent, check=True)
+
+
+def test_save_figures(tmp_path: Path) -> None:
+    png, pdf = save_figures(frame(("topk", 2048, 32.0, 0.8, 0.9)), tmp_path)
+    assert (png, pdf) == (tmp_path / "pareto.png", tmp_path / "pareto.pdf")
+    header = png.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert int.from_bytes(header[16:20], "big") == 7.5 * 150
+    assert pdf.read_bytes().startswith(b"%PDF")
+    assert b"/Type3" not in pdf.read_bytes()
+
+
+# ---- the command line ----
+
+
+def run_results(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, RESULTS, *args], cwd=cwd, capture_output=True, text=True)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    sweep = twelve(tmp_path / "tiny-1")
+    done = run_results(sweep, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert format_table(load_results(sweep)) in done.stdout
+    assert done.stdout.splitlines()[-1] == f"results.csv, pareto.png, pareto.pdf written in {sweep}"
+    assert all((sweep / name).stat().st_size > 0 for name in ("pareto.png", "pareto.pdf"))
+    assert list(pd.read_csv(sweep / "results.csv")["l0"]) == list(load_results(sweep)["l0"])
+
+
+def test_command_line_user_error_is_one_line(tmp_path: Path) -> None:
+    done = run_results("gone", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "results.py: gone: no such folder\n"

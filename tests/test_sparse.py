@@ -1,0 +1,200 @@
+"""sparse.py against plain dense torch, on shapes where chunks, rows and latents do not come out even."""
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from torch import Tensor
+from torch.testing import assert_close
+
+import sparse
+from sparse import Selection, SparseLatents, Support
+
+D, F = 4, 13
+CHUNKS = [(2048, 1536), (2, 5), (3, 100), (100, 3), (1, 1)]
+
+
+@pytest.fixture(params=CHUNKS, ids=str)
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "CPU_CHUNK_ROWS", request.param[0])
+    monkeypatch.setattr(sparse, "CPU_CHUNK_LATENTS", request.param[1])
+
+
+def problem(batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, W_enc stored latent by latent, b_enc, and the dense pre-activations."""
+    rng = torch.Generator().manual_seed(seed)
+    x, W, b_enc = (torch.randn(shape, generator=rng, dtype=torch.float64) for shape in ((batch, D), (F, D), (F,)))
+    return x, W.t(), b_enc, x @ W.t() + b_enc
+
+
+def masked(pre: Tensor, mask: Tensor) -> SparseLatents:
+    """The entries of dense pre-activations under a mask."""
+    support = SparseLatents.from_dense(mask.double()).support
+    return SparseLatents(pre[support.rows, support.indices], support)
+
+
+def assert_selects(selection: Selection, pre: Tensor, mask: Tensor) -> None:
+    """The selection is exactly the mask's entries, each once, with their pre-activations."""
+    pre_at, support = selection
+    assert support.dict_size == pre.shape[1] and len(support.offsets) == len(pre) + 1
+    assert support.offsets[0] == 0 and support.offsets[-1] == len(support.indices) == len(pre_at)
+    assert_close(SparseLatents(torch.ones_like(pre_at), support).to_dense(), mask.to(pre.dtype))
+    assert_close(SparseLatents(pre_at, support).to_dense(), pre * mask)
+
+
+def largest(pre: Tensor, count: int) -> Tensor:
+    """Mask of the `count` largest of all entries, by sorting."""
+    return pre >= pre.flatten().sort(descending=True).values[count - 1]
+
+
+def random_mask(batch: int = 7) -> Tensor:
+    """Some rows and some latents without an entry, row 3 nearly full, the rest uneven."""
+    mask = torch.rand(batch, F, generator=torch.Generator().manual_seed(1)) < 0.3
+    mask[3] = True
+    mask[[0, 4, -1]] = False
+    mask[:, [0, 6, -1]] = False
+    return mask
+
+
+# ---- choosing ----
+
+
+@pytest.mark.parametrize("k", [1, 4, F])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_select_topk_is_the_k_largest_of_each_row(chunks: None, batch: int, k: int) -> None:
+    x, W_enc, b_enc, pre = problem(batch)
+    mask = torch.stack([largest(row, k) for row in pre])
+    assert_selects(sparse.select_topk(x, W_enc, b_enc, k), pre, mask)
+    assert torch.equal(sparse.topk_mask(pre, k), mask)
+
+
+def test_select_topk_treats_equal_rows_equally(chunks: None) -> None:
+    x, W_enc, b_enc, pre = problem(3)
+    repeat = [0, 1, 0, 2, 0]
+    mask = torch.stack([largest(row, 4) for row in pre])[repeat]
+    assert_selects(sparse.select_topk(x[repeat], W_enc, b_enc, 4), pre[repeat], mask)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("low", [-torch.inf, 0.0, 1.5])
+def test_select_above_is_what_exceeds_each_latents_floor(chunks: None, batch: int, low: float) -> None:
+    x, W_enc, b_enc, pre = problem(batch)
+    floor = low + torch.linspace(0, 1, F, dtype=torch.float64)
+    assert_selects(sparse.select_above(x, W_enc, b_enc, floor, max_density=1.0), pre, pre > floor)
+
+
+def test_select_above_gives_up_where_the_first_chunk_is_denser_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W_enc, b_enc, pre = problem(7)
+    monkeypatch.setattr(sparse, "CPU_CHUNK_LATENTS", 5)
+    floor = torch.zeros_like(b_enc)
+    density = (pre[:, :5] > 0).double().mean().item()
+    assert sparse.select_above(x, W_enc, b_enc, floor, max_density=density - 1e-6) is None
+    assert sparse.select_above(x, W_enc, b_enc, floor, max_density=density + 1e-6) is not None
+
+
+@pytest.mark.parametrize("guess", [0.0, -5.0, 1e-9, 0.7, 50.0, 1e9])
+@pytest.mark.parametrize("batch, k", [(1, 2), (7, 3), (5, 1)])
+def test_select_batchtopk_is_the_largest_of_the_batch_whatever_the_guess(
+    chunks: None, batch: int, k: int, guess: float
+) -> None:
+    x, W_enc, b_enc, pre = problem(batch)
+    mask = largest(pre, k * batch)
+    assert (pre[mask] > 0).all()
+    selection = sparse.select_batchtopk(x, W_enc, b_enc, k, torch.tensor(guess, dtype=torch.float64))
+    assert_selects(selection, pre, mask)
+    assert torch.equal(sparse.batchtopk_mask(pre, k), mask)
+
+
+@pytest.mark.parametrize("guess", [-9.0, 0.0, 0.5, 9.0])
+@pytest.mark.parametrize("k", [6, F])
+def test_select_batchtopk_keeps_only_the_positive_ones_where_they_are_too_few(
+    chunks: None, k: int, guess: float
+) -> None:
+    x, W_enc, b_enc, pre = problem(5)
+    b_enc, pre = b_enc - 2, pre - 2
+    assert 0 < (pre > 0).sum() < k * 5
+    selection = sparse.select_batchtopk(x, W_enc, b_enc, k, torch.tensor(guess, dtype=torch.float64))
+    assert_selects(selection, pre, pre > 0)
+
+
+@pytest.mark.parametrize("guess", [0.0, 0.5, 9.0])
+def test_select_batchtopk_keeps_as_many_and_as_large_where_rows_tie(chunks: None, guess: float) -> None:
+    x, W_enc, b_enc, pre = problem(2)
+    repeat = [0, 1, 0, 0, 1]
+    kept, support = sparse.select_batchtopk(x[repeat], W_enc, b_enc, 2, torch.tensor(guess, dtype=torch.float64))
+    assert_close(kept.sort(descending=True).values, pre[repeat].flatten().sort(descending=True).values[:10])
+    assert_close(kept, pre[repeat][support.rows, support.indices])
+
+
+@pytest.mark.parametrize("shift", [0.0, -2.0])
+@pytest.mark.parametrize("batch, k", [(1, 2), (7, 3), (5, F)])
+def test_the_way_for_gpus_picks_the_same_firing_latents(chunks: None, batch: int, k: int, shift: float) -> None:
+    x, W_enc, b_enc, pre = problem(batch)
+    b_enc, pre = b_enc + shift, pre + shift
+    assert_selects(sparse._select_batchtopk_cuda(x, W_enc, b_enc, k * batch), pre, largest(pre, k * batch))
+
+
+# ---- the format ----
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_support_by_latent_is_the_transpose_with_rows_in_order(batch: int) -> None:
+    mask = random_mask()[:batch] if batch > 1 else random_mask()[3:4]
+    support = masked(mask.double(), mask).support
+    order, rows, starts = support.by_latent
+    assert torch.equal(support.rows, mask.nonzero()[:, 0])
+    assert torch.equal(support.indices[order], mask.t().nonzero()[:, 0])
+    assert torch.equal(rows, mask.t().nonzero()[:, 1])
+    assert torch.equal(starts, torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(dim=0).cumsum(0)]))
+
+
+@pytest.mark.parametrize("kept", [random_mask(), torch.zeros(3, F, dtype=torch.bool), torch.ones(1, F) > 0])
+def test_sparse_latents_come_back_from_dense_with_gradients(kept: Tensor) -> None:
+    dense = (torch.rand(kept.shape, dtype=torch.float64) + 1) * kept
+    latents = SparseLatents.from_dense(dense.requires_grad_())
+    assert torch.equal(latents.offsets.diff(), kept.sum(dim=1)) and torch.equal(latents.values, dense[kept])
+    assert torch.equal(latents.to_dense(), dense)
+    weights = torch.rand_like(dense)
+    (latents.to_dense() * weights).sum().backward()
+    assert torch.equal(dense.grad, weights * kept)
+
+
+# ---- gradients ----
+
+
+def test_decode_and_its_gradients_are_those_of_the_dense_product() -> None:
+    latents = masked(problem(7)[3], random_mask())
+    values, W_dec = latents.values.requires_grad_(), torch.randn(F, D, dtype=torch.float64, requires_grad=True)
+    assert_close(sparse.decode(values, latents.support, W_dec), latents.to_dense() @ W_dec)
+    assert torch.autograd.gradcheck(lambda v, W: sparse.decode(v, latents.support, W), (values, W_dec))
+
+
+def test_gradients_of_pre_activations_pass_gradcheck() -> None:
+    x, W_enc, b_enc, _ = problem(7)
+    b_dec = torch.randn(D, dtype=torch.float64)
+    support = masked(torch.zeros(7, F), random_mask()).support
+
+    def fn(x: Tensor, W: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+        centred = (x - b_dec).detach()
+        pre = (centred @ W.t() + b_enc)[support.rows, support.indices].detach()
+        return sparse.pre_activations(x, W.t(), b_enc, b_dec, centred, Selection(pre, support))
+
+    inputs = [t.detach().clone().requires_grad_() for t in (x, W_enc.t(), b_enc, b_dec)]
+    assert torch.autograd.gradcheck(fn, inputs)
+
+
+def test_an_empty_support_decodes_to_zero_and_sends_zero_gradients(chunks: None) -> None:
+    x, W_enc, b_enc, _ = problem(7)
+    b_dec, W_dec = torch.zeros(D, dtype=torch.float64), torch.randn(F, D, dtype=torch.float64)
+    leaves = [t.detach().clone().requires_grad_() for t in (x, W_enc, b_enc, b_dec, W_dec)]
+    selection = sparse.select_above(x, W_enc, b_enc, torch.full_like(b_enc, torch.inf), max_density=0.0)
+    assert len(selection.pre) == 0
+    out = sparse.decode(sparse.pre_activations(*leaves[:4], x, selection), selection.support, leaves[4])
+    assert torch.equal(out, torch.zeros(7, D, dtype=torch.float64))
+    out.sum().backward()
+    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
+
+
+def test_shapes_in_signatures_are_checked_at_run_time() -> None:
+    support = Support(torch.tensor([0, 1]), torch.tensor([0, 1, 2]), F)
+    with pytest.raises(TypeCheckError):
+        sparse.decode(torch.ones(2, 1), support, torch.ones(F, D))

@@ -1,0 +1,119 @@
+"""The training loop: one stream of activations, many SAEs."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from activation_store import ActivationsStore
+from config import Config
+from evaluation import evaluate, training_metrics
+from logs import RunLog
+from sae import BaseAutoencoder, SAEOutput
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Learning rate of step 0, 1, ..., num_steps - 1: linear rise over lr_warmup, then lr, then linear fall to 0."""
+    warmup, decay = cfg.lr_warmup * cfg.num_steps, cfg.lr_decay * cfg.num_steps
+    rise = (step + 1) / warmup if step + 1 < warmup else 1.0
+    left = cfg.num_steps - step
+    fall = left / decay if left < decay else 1.0
+    return cfg.lr * min(rise, fall)
+
+
+def sparsity_coefficient(cfg: Config, step: int) -> float:
+    """l1_coeff of a step: linear rise over sparsity_warmup."""
+    warmup = cfg.sparsity_warmup * cfg.num_steps
+    return cfg.l1_coeff * min(1.0, (step + 1) / warmup if warmup else 1.0)
+
+
+class Trainer:
+    """One SAE with its optimiser."""
+
+    def __init__(self, sae: BaseAutoencoder) -> None:
+        self.sae, self.cfg = sae, sae.cfg
+        self.optimizer = torch.optim.Adam(
+            sae.parameters(), lr=sae.cfg.lr, betas=(sae.cfg.beta1, sae.cfg.beta2), fused=True
+        )
+
+    def step(self, x: Float[Tensor, "batch act_size"], step: int) -> SAEOutput:
+        """One step on a batch; returns the output of its forward pass."""
+        sae, cfg = self.sae, self.cfg
+        sae.l1_coeff = sparsity_coefficient(cfg, step)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
+        out = sae(x)
+        out.loss.backward()
+        sae.project_decoder_gradient()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        sae.constrain()
+        return out
+
+
+def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | None = None) -> list[dict[str, float]]:
+    """Train every SAE on the same batches of `store` for num_tokens; returns each one's metrics on held-out text.
+
+    The SAEs may differ in type and in every field that is not of the stream (Config.stream). Metrics and checkpoints go
+    to `log`, if there is one, every log_freq, perf_log_freq and checkpoint_freq steps of the first SAE's Config and at
+    the end. Raises ValueError when the SAEs do not share the store's stream.
+    """
+    cfg = store.cfg
+    for sae in saes:
+        if sae.cfg.stream != cfg.stream:
+            raise ValueError(
+                f"{sae.cfg.name}: its stream of activations is not the store's; train it with its own store"
+            )
+    trainers = [Trainer(sae.train()) for sae in saes]
+    held_out = store.held_out_tokens()
+    results: list[dict[str, float]] = []
+
+    bar = tqdm(total=cfg.num_steps * cfg.batch_size, unit="tok", unit_scale=True, smoothing=0.1, dynamic_ncols=True)
+    for step in range(cfg.num_steps):
+        x = store.next_batch()
+        if step == 0:
+            for sae in saes:
+                sae.initialise_from(x)
+        done = step + 1
+        is_last_step = done == cfg.num_steps
+        is_log_step = done % cfg.log_freq == 0 or is_last_step
+        is_eval_step = done % cfg.perf_log_freq == 0 or is_last_step
+        is_checkpoint_step = is_last_step or (cfg.checkpoint_freq is not None and done % cfg.checkpoint_freq == 0)
+
+        logged = []
+        for index, trainer in enumerate(trainers):
+            out = trainer.step(x, step)
+            if is_log_step:
+                metrics = training_metrics(trainer.sae, x, out)
+                metrics["train/lr"] = trainer.optimizer.param_groups[0]["lr"]
+                metrics["train/tokens_per_second"] = bar.format_dict["rate"] or 0.0
+                logged.append(metrics)
+                if log is not None:
+                    log.log(index, done, done * cfg.batch_size, metrics)
+            del out
+        bar.update(cfg.batch_size)
+        if is_log_step:
+            bar.set_postfix_str(_summary(logged), refresh=False)
+
+        if is_eval_step:
+            results = evaluate(store.model, saes, held_out, store.mean)
+            if log is not None:
+                for index, metrics in enumerate(results):
+                    log.log(index, done, done * cfg.batch_size, {f"eval/{k}": v for k, v in metrics.items()})
+        if is_checkpoint_step and log is not None:
+            for sae in saes:
+                log.checkpoint(sae, done)
+    bar.close()
+    for sae in saes:
+        sae.eval()
+    return results
+
+
+def _summary(logged: list[dict[str, float]]) -> str:
+    """Loss and L0, from the lowest to the highest of the SAEs."""
+    parts = []
+    for name in ("loss", "l0"):
+        values = sorted(metrics[f"train/{name}"] for metrics in logged)
+        low, high = f"{values[0]:.3g}", f"{values[-1]:.3g}"
+        parts.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
+    return ", ".join(parts)
