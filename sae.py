@@ -29,6 +29,7 @@ from config import Config, SaeType
 from sparse import Selection, SparseLatents, Support
 
 NORM_EPS = 1e-5
+AUXK_LEAST_VARIANCE = 1e-6
 THRESHOLD_MEMORY = 0.99  # of BatchTopK's running mean; about the last 100 batches
 
 
@@ -92,7 +93,10 @@ class BaseAutoencoder(nn.Module):
         raise NotImplementedError
 
     def activate(self, pre: Tensor, support: Support | None) -> Tensor:
-        """Latents f from pre-activations: [nnz] on a support, or dense [batch, dict_size] without one."""
+        """Latents f from pre-activations: [nnz] on a support, or dense [batch, dict_size] without one.
+
+        Dense ones follow the rule of evaluation: none of a row's latents depends on the other rows.
+        """
         raise NotImplementedError
 
     def penalty(self, pre: Tensor, acts: Tensor, support: Support | None, batch: int) -> dict[str, Float[Tensor, ""]]:
@@ -131,11 +135,8 @@ class BaseAutoencoder(nn.Module):
         """Latents of x, dense, as in evaluation whatever the mode: a row's latents do not depend on its batch."""
         self._check_input(x)
         z = self.normalise(x.reshape(-1, x.shape[-1])).z
-        acts = self.activate_eval(self.dense_pre_activations(z))
+        acts = self.activate(self.dense_pre_activations(z), None)
         return acts.view(*x.shape[:-1], -1)
-
-    def activate_eval(self, pre: Float[Tensor, "batch dict_size"]) -> Float[Tensor, "batch dict_size"]:
-        return self.activate(pre, None)
 
     def decode(self, acts: Float[Tensor, "*batch dict_size"]) -> Float[Tensor, "*batch act_size"]:
         """Reconstruction from latents, in z space: a token's mean and scale, if normalised, are not in its latents."""
@@ -192,7 +193,8 @@ class BaseAutoencoder(nn.Module):
             acts = acts * sparse.topk_mask(pre, self.cfg.top_k_aux)
         unexplained = (acts @ self.W_dec[dead] - error).pow(2).mean()
         variance = (error - error.mean(dim=0)).pow(2).mean()
-        return {"auxk": self.cfg.aux_penalty * unexplained / variance.clamp_min(torch.finfo(variance.dtype).eps)}
+        least = AUXK_LEAST_VARIANCE * error.pow(2).mean()  # less only where all rows are the same, or there is one
+        return {"auxk": self.cfg.aux_penalty * (variance > least) * unexplained / variance.clamp_min(least)}
 
     # ---- training ----
 
@@ -267,22 +269,17 @@ class BatchTopKSAE(BaseAutoencoder):
         return sparse.select_above(centred, self.W_enc, self.b_enc, floor, sparse.MAX_DENSITY)
 
     def activate(self, pre: Tensor, support: Support | None) -> Tensor:
-        if support is not None:
-            return torch.relu(pre)
-        if self.training:
-            return torch.relu(pre * sparse.batchtopk_mask(pre, self.cfg.top_k))
-        return self.activate_eval(pre)
-
-    def activate_eval(self, pre: Tensor) -> Tensor:
-        return pre * (pre > self.threshold)
+        return pre * (pre > self.threshold) if support is None else torch.relu(pre)
 
     @torch.no_grad()
     def _update_threshold(self, kept: Float[Tensor, "nnz"]) -> None:
         """With weight (1 - m) / (1 - m^n) on the n-th value, the running mean is free of its start at 0."""
-        smallest = torch.where(kept > 0, kept, torch.inf).amin()
-        self.threshold_updates += 1
-        weight = (1 - THRESHOLD_MEMORY) / (1 - THRESHOLD_MEMORY**self.threshold_updates)
-        self.threshold.lerp_(torch.where(smallest.isfinite(), smallest, self.threshold), weight.to(smallest.dtype))
+        positive = kept > 0
+        any_fired = positive.any()
+        smallest = torch.where(positive, kept, torch.inf).amin() if len(kept) else self.threshold
+        self.threshold_updates += any_fired
+        weight = (1 - THRESHOLD_MEMORY) / (1 - THRESHOLD_MEMORY ** self.threshold_updates.clamp_min(1))
+        self.threshold.lerp_(torch.where(any_fired, smallest, self.threshold), weight.to(self.threshold.dtype))
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -349,8 +346,8 @@ class JumpReLUSAE(BaseAutoencoder):
         self.threshold.clamp_(min=0)
 
     def select(self, centred: Tensor) -> Selection | None:
-        floor = self.threshold.detach() - (self.eps / 2 if self.training else 0.0)
-        return sparse.select_above(centred, self.W_enc, self.b_enc, floor, sparse.MAX_DENSITY)
+        window = self.threshold.detach() - self.eps / 2
+        return sparse.select_above(centred, self.W_enc, self.b_enc, window, sparse.MAX_DENSITY)
 
     def activate(self, pre: Tensor, support: Support | None) -> Tensor:
         return _JumpReLU.apply(pre, _at(self.threshold, support), self.eps)

@@ -168,16 +168,23 @@ def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, guess: Flo
     wanted = k * len(x)
     if x.is_cuda:
         return _select_batchtopk_cuda(x, W_enc, b_enc, wanted)
-    floor = max(guess.item(), 0.0)
+    floor = max(guess.item(), 0.0) or _smallest_kept_in_sample(x, W_enc, b_enc, k)
     while True:
         candidates = select_above(x, W_enc, b_enc, torch.full_like(b_enc, floor), max_density=1.0)
         if len(candidates.pre) >= wanted or floor == 0:
             break
-        floor = floor / 2 if floor > 1e-3 else 0.0
+        floor = floor / 2 if 1e-3 < floor < float("inf") else 0.0
     if len(candidates.pre) <= wanted:
         return candidates
     kept = candidates.pre.topk(wanted, sorted=False).indices.sort().values  # rows stay in order
     return _csr(candidates.pre[kept], candidates.support.rows[kept], candidates.support.indices[kept], len(x), b_enc)
+
+
+def _smallest_kept_in_sample(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> float:
+    """What the k-th largest entry per row, on average, is for a few rows; somewhat less, for a guess."""
+    sample = x[:: max(1, len(x) // 32)]
+    pre = torch.addmm(b_enc, sample, W_enc)
+    return max(0.0, 0.9 * pre.flatten().topk(k * len(sample)).values[-1].item())
 
 
 def _select_batchtopk_cuda(x: Tensor, W_enc: Tensor, b_enc: Tensor, wanted: int) -> Selection:
@@ -298,15 +305,9 @@ def _dots(
     return torch.sparse.sampled_addmm(pattern, rows, matrix.t(), beta=0.0).values()
 
 
-# ---- the same choices on dense pre-activations: for evaluation, for latents that are not sparse, and as reference ----
+# ---- the same choice on dense pre-activations ----
 
 
 def topk_mask(pre: Float[Tensor, "batch dict_size"], k: int) -> Tensor:
     """True at the k largest of each row."""
     return torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(k, dim=1).indices, True)
-
-
-def batchtopk_mask(pre: Float[Tensor, "batch dict_size"], k: int) -> Tensor:
-    """True at the k * batch largest of all."""
-    kept = pre.flatten().topk(k * len(pre)).indices
-    return torch.zeros_like(pre, dtype=torch.bool).flatten().scatter_(0, kept, True).view_as(pre)
