@@ -4,6 +4,7 @@ The store streams: it holds one buffer of activations, refills the half that has
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,14 +19,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 import text
-from config import Config
+from config import SITES, Config
 
 TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 
 
 def model_source(model_name: str) -> str:
     """What Hugging Face loads for a model_name: the embedded model's folder, or the name itself."""
-    return str(TINY_LM) if model_name == "tiny-lm" else model_name
+    return str(TINY_LM) if model_name == "tiny-lm" else os.path.expanduser(model_name)
 
 
 def check_model(cfg: Config) -> Config:
@@ -33,7 +34,11 @@ def check_model(cfg: Config) -> Config:
 
     Raises: ValueError when layer, seq_len or act_size do not fit the model; OSError when there is no such model.
     """
-    hf = AutoConfig.from_pretrained(model_source(cfg.model_name)).get_text_config()
+    try:
+        hf = AutoConfig.from_pretrained(model_source(cfg.model_name)).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"model_name = {cfg.model_name!r}: found neither in a folder nor on the Hub ({reason})") from None
     n_layers, d_model = hf.num_hidden_layers, hf.hidden_size
     if cfg.layer >= n_layers:
         raise ValueError(f"layer = {cfg.layer}: {cfg.model_name} has {n_layers} blocks; give 0 to {n_layers - 1}")
@@ -53,6 +58,9 @@ def load_model(cfg: Config) -> TransformerBridge:
     model = TransformerBridge.boot_transformers(
         model_source(cfg.model_name), device=str(cfg.torch_device), dtype=cfg.torch_dtype
     )
+    if cfg.hook_point not in model.hook_dict:
+        sites = [site for site, hook in SITES.items() if f"blocks.{cfg.layer}.{hook}" in model.hook_dict]
+        raise ValueError(f"site = {cfg.site!r}: {cfg.model_name} has no such hook; give one of {', '.join(sites)}")
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -84,7 +92,10 @@ def ordinary_positions(
     tokens: Int[Tensor, "window pos"], tokenizer: PreTrainedTokenizerBase
 ) -> Bool[Tensor, "window pos"]:
     """True where an SAE may read: not the BOS that starts a window, not a special token (EOS, padding, ...)."""
-    ordinary = ~torch.isin(tokens, torch.tensor(tokenizer.all_special_ids, dtype=tokens.dtype, device=tokens.device))
+    # all_special_ids lacks those that only tokenizer.json knows, such as the padding of Pythia.
+    added = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    special = torch.tensor([*tokenizer.all_special_ids, *added], dtype=tokens.dtype, device=tokens.device)
+    ordinary = ~torch.isin(tokens, special)
     ordinary[:, 0] = False
     return ordinary
 
@@ -108,7 +119,7 @@ class ActivationsStore:
             )
         device = cfg.torch_device
         self._rng = torch.Generator().manual_seed(cfg.seed)
-        self._token_batches = _prefetch(self._training_token_batches())
+        self._token_batches = _prefetch(_training_token_batches(cfg, model.tokenizer))
         self._buffer = torch.empty(self.capacity, cfg.act_size, dtype=cfg.torch_dtype, device=device)
         self._order = torch.arange(self.capacity)  # slots in the order they are served; those before _served are free
         self._served = self.capacity
@@ -133,35 +144,12 @@ class ActivationsStore:
 
     def held_out_tokens(self) -> Int[Tensor, "window pos"]:
         """The first cfg.eval_windows windows of the held-out text: the same ones whenever asked."""
-        windows = list(islice(self._windows(held_out=True), self.cfg.eval_windows))
+        windows = list(islice(_windows(self.cfg, self.model.tokenizer, held_out=True), self.cfg.eval_windows))
         if not windows:
             raise ValueError(
                 f"dataset_path = {self.cfg.dataset_path!r}: the held-out tenth has no {self.cfg.seq_len} tokens"
             )
         return torch.stack(windows)
-
-    def _windows(self, *, held_out: bool, epoch: int = 0) -> Iterator[Int[Tensor, "pos"]]:
-        seed = 0 if held_out else self.cfg.seed
-        documents = text.load_documents(self.cfg.dataset_path, self.cfg.dataset_name, held_out=held_out, seed=seed)
-        documents.set_epoch(epoch)
-        return text.token_windows(documents, self.model.tokenizer, self.cfg.seq_len)
-
-    def _training_token_batches(self) -> Iterator[Int[Tensor, "window pos"]]:
-        epoch = 0
-        while True:
-            windows = self._windows(held_out=False, epoch=epoch)
-            count = 0
-            while batch := list(islice(windows, self.cfg.model_batch_size)):
-                count += len(batch)
-                yield torch.stack(batch)
-            if count == 0:
-                raise ValueError(
-                    f"dataset_path = {self.cfg.dataset_path!r}: no {self.cfg.seq_len} tokens of training text"
-                )
-            if epoch == 0:
-                tokens = count * self.cfg.seq_len
-                tqdm.write(f"all {tokens:,} training tokens of {self.cfg.dataset_path} read: starting over, reshuffled")
-            epoch += 1
 
     def _refill(self) -> None:
         """Write new rows into the slots already served, then shuffle all unread rows."""
@@ -188,6 +176,35 @@ class ActivationsStore:
         self._rows += len(rows)
         self.tokens_seen += tokens.numel()
         return rows
+
+
+# Functions, not methods: a generator that held the store would keep its buffer alive when the store is dropped.
+
+
+def _windows(
+    cfg: Config, tokenizer: PreTrainedTokenizerBase, *, held_out: bool, epoch: int = 0
+) -> Iterator[Int[Tensor, "pos"]]:
+    documents = text.load_documents(
+        cfg.dataset_path, cfg.dataset_name, held_out=held_out, seed=0 if held_out else cfg.seed
+    )
+    documents.set_epoch(epoch)
+    return text.token_windows(documents, tokenizer, cfg.seq_len)
+
+
+def _training_token_batches(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Int[Tensor, "window pos"]]:
+    epoch = 0
+    while True:
+        windows = _windows(cfg, tokenizer, held_out=False, epoch=epoch)
+        count = 0
+        while batch := list(islice(windows, cfg.model_batch_size)):
+            count += len(batch)
+            yield torch.stack(batch)
+        if count == 0:
+            raise ValueError(f"dataset_path = {cfg.dataset_path!r}: no {cfg.seq_len} tokens of training text")
+        if epoch == 0:
+            tokens = count * cfg.seq_len
+            tqdm.write(f"all {tokens:,} training tokens of {cfg.dataset_path} read: starting over, reshuffled")
+        epoch += 1
 
 
 def _prefetch(batches: Iterator[Tensor]) -> Iterator[Tensor]:

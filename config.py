@@ -45,7 +45,7 @@ class Config:
     site: str = "resid_pre"
     """Place in the block: resid_pre, resid_mid, resid_post, attn_out, mlp_out or z (all heads, concatenated)."""
     dataset_path: str = "python-stdlib"
-    """Text: "python-stdlib", a Hub data set, or local .py, .txt, .jsonl or .parquet files (a path or a glob)."""
+    """Text: "python-stdlib", a Hub data set, or local .py, .txt, .jsonl or .parquet files (path, folder or glob)."""
     dataset_name: str | None = None
     """Configuration of a Hub data set that has several, such as "sample-10BT" of fineweb."""
     seq_len: int = 128
@@ -78,6 +78,8 @@ class Config:
     """Weight of the AuxK loss."""
     dead_after_tokens: int = 10_000_000
     """A latent is dead once it has not fired for this many tokens."""
+    product_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the encoder product. Weights, losses, gradients and Adam stay in float32."""
     input_unit_norm: bool = True
     """Normalise every token's activations to mean 0 and standard deviation 1; the output is mapped back."""
 
@@ -132,6 +134,7 @@ class Config:
             self._require(field, value is None or value > 0, "give a number above 0")
         for field in _NON_NEGATIVE:
             self._require(field, getattr(self, field) >= 0, "give 0 or more")
+        self._require("seed", self.seed < 2**63, "give less than 2**63")
         self._require("seq_len", self.seq_len >= 2, "give at least 2: BOS and one token")
         self._require(
             "num_batches_in_buffer", self.num_batches_in_buffer >= 2, "give at least 2: half is refilled at a time"
@@ -195,7 +198,7 @@ class Config:
         without_effect = _NOT_IN_RESULT | _NOT_USED_BY[self.sae_type]
         result = {f: v for f, v in self.to_dict().items() if f not in without_effect}
         digest = hashlib.blake2b(json.dumps(result, sort_keys=True).encode(), digest_size=5).hexdigest()
-        model = "".join(c if c.isalnum() or c in "-_" else "-" for c in self.model_name)[-40:].strip("-")
+        model = "".join(c if c.isalnum() or c in "-_" else "-" for c in self.model_name)[-40:].strip("-") or "model"
         return f"{model}-L{self.layer}-{self.site}-{self.sae_type}-{self.dict_size}-{self.sparsity_label}-{digest}"
 
     @property
@@ -265,17 +268,13 @@ def field_docs() -> dict[str, str]:
 
 def tiny_sweep() -> list[Config]:
     """The four types at three sparsity levels each, on the embedded model: minutes on a laptop."""
-    common = dict(
-        num_tokens=1_000_000, batch_size=2048, lr=3e-3, dead_after_tokens=200_000, log_freq=20, perf_log_freq=200
-    )
+    common = dict(num_tokens=400_000, batch_size=2048, dead_after_tokens=200_000, log_freq=20, perf_log_freq=100)
+    jumprelu = dict(sae_type="jumprelu", lr=6e-3, bandwidth=0.03, threshold_init=0.05)
     return [
-        *(Config(sae_type="vanilla", l1_coeff=c, **common) for c in (0.01, 0.02, 0.04)),
-        *(Config(sae_type="topk", top_k=k, **common) for k in (16, 32, 64)),
-        *(Config(sae_type="batchtopk", top_k=k, **common) for k in (16, 32, 64)),
-        *(
-            Config(sae_type="jumprelu", l1_coeff=c, bandwidth=0.02, threshold_init=0.05, **common)
-            for c in (0.001, 0.003, 0.01)
-        ),
+        *(Config(sae_type="vanilla", l1_coeff=c, lr=4e-3, **common) for c in (0.003, 0.005, 0.008)),
+        *(Config(sae_type="topk", top_k=k, lr=3e-3, **common) for k in (16, 32, 64)),
+        *(Config(sae_type="batchtopk", top_k=k, lr=3e-3, **common) for k in (16, 32, 64)),
+        *(Config(l1_coeff=c, **jumprelu, **common) for c in (0.0003, 0.003, 0.03)),
     ]
 
 
@@ -294,7 +293,7 @@ def gpt2_sweep() -> list[Config]:
             for t in ("topk", "batchtopk")
             for k in (16, 32, 64)
         ),
-        *(Config(sae_type="jumprelu", dict_size=width * 16, l1_coeff=c, **common) for c in (0.0005, 0.001, 0.002)),
+        *(Config(sae_type="jumprelu", dict_size=width * 16, l1_coeff=c, **common) for c in (0.001, 0.003, 0.01)),
         *(
             Config(sae_type=t, dict_size=width * expansion, top_k=32, **common)
             for t in ("topk", "batchtopk")

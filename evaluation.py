@@ -42,9 +42,12 @@ def training_metrics(sae: BaseAutoencoder, x: Float[Tensor, "batch act_size"], o
     return {f"train/{name}": value for name, value in _numbers(metrics).items()}
 
 
-def cross_entropy(logits: Float[Tensor, "window pos vocab"], tokens: Int[Tensor, "window pos"]) -> Float[Tensor, ""]:
-    """Mean next-token cross-entropy in nats."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+def cross_entropy(
+    logits: Float[Tensor, "window pos vocab"], tokens: Int[Tensor, "window pos"], counted: Bool[Tensor, "window pos"]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy, in nats, of the next token after each of the positions `counted`."""
+    counted = counted[:, :-1]
+    return F.cross_entropy(logits[:, :-1][counted].float(), tokens[:, 1:][counted])
 
 
 @torch.no_grad()
@@ -77,7 +80,8 @@ def evaluate(
     """Metrics of each SAE on `tokens`, which no training text should hold; all SAEs read the same hook.
 
     tokens [window, pos] on any device; mean [act_size]: the activations' mean over training text. Special positions
-    (BOS, EOS, padding) are neither spliced nor measured. Returns for each SAE, cross-entropies (CE) in nats per token:
+    (BOS, EOS, padding) are neither spliced nor measured, nor is what the model predicts there. Returns for each SAE,
+    cross-entropies (CE) in nats per token:
         l0, l1, mse (in the SAE's normalised space), explained_variance (about the mean of these activations),
         ce_clean, ce (with the SAE's reconstruction), ce_zero and ce_mean (with zeros, with the mean),
         ce_degradation = ce - ce_clean (positive is worse),
@@ -91,17 +95,18 @@ def evaluate(
     device = saes[0].W_dec.device
     sums: list[dict[str, Tensor]] = [{} for _ in saes]
     totals: dict[str, Tensor] = {}
-    rows, windows = 0, 0
+    rows, predictions = 0, 0
     for batch in _eval_batches(tokens.to(device), model.cfg.d_vocab):
         replaced = ordinary_positions(batch, model.tokenizer)
         x = record(model, batch, hook_name)[replaced].float()
         clean = model(batch, return_type="logits")
-        log_p = clean[:, :-1].float().log_softmax(dim=-1)
-        weight = len(batch)
-        rows, windows = rows + len(x), windows + weight
+        counted = replaced[:, :-1]  # the last position of a window predicts nothing that is known
+        log_p = clean[:, :-1][counted].float().log_softmax(dim=-1)  # [prediction, vocab]
+        weight = len(log_p)
+        rows, predictions = rows + len(x), predictions + weight
         _add(
             totals,
-            ce_clean=cross_entropy(clean, batch) * weight,
+            ce_clean=cross_entropy(clean, batch, replaced) * weight,
             ce_zero=_spliced_ce(model, batch, hook_name, replaced, torch.zeros_like) * weight,
             ce_mean=_spliced_ce(model, batch, hook_name, replaced, lambda rows: mean.expand_as(rows)) * weight,
             x=x.double().sum(dim=0),
@@ -111,24 +116,24 @@ def evaluate(
             out = sae(x)
             l0, l1 = l0_l1(out)
             logits = spliced_logits(model, batch, hook_name, replaced, lambda _, out=out: out.sae_out)
-            log_q = logits[:, :-1].float().log_softmax(dim=-1)
+            log_q = logits[:, :-1][counted].float().log_softmax(dim=-1)
             _add(
                 sum_,
                 l0=l0 * len(x),
                 l1=l1 * len(x),
                 mse=out.losses["mse"] * len(x),
                 squared_error=(x - out.sae_out).double().pow(2).sum(),
-                ce=cross_entropy(logits, batch) * weight,
+                ce=cross_entropy(logits, batch, replaced) * weight,
                 kl=(log_p.exp() * (log_p - log_q)).sum(dim=-1).mean() * weight,
             )
     for sae, training in zip(saes, was_training):
         sae.train(training)
 
     variance = totals["x_squared"] - totals["x"].pow(2).sum() / rows
-    ce_clean, ce_zero, ce_mean = (totals[name] / windows for name in ("ce_clean", "ce_zero", "ce_mean"))
+    ce_clean, ce_zero, ce_mean = (totals[name] / predictions for name in ("ce_clean", "ce_zero", "ce_mean"))
     results = []
     for sae, sum_ in zip(saes, sums):
-        ce = sum_["ce"] / windows
+        ce = sum_["ce"] / predictions
         metrics = {
             "l0": sum_["l0"] / rows,
             "l1": sum_["l1"] / rows,
@@ -141,7 +146,7 @@ def evaluate(
             "ce_degradation": ce - ce_clean,
             "ce_recovered": (ce_zero - ce) / (ce_zero - ce_clean),
             "ce_recovered_mean": (ce_mean - ce) / (ce_mean - ce_clean),
-            "kl": sum_["kl"] / windows,
+            "kl": sum_["kl"] / predictions,
             "dead_share": sae.dead.float().mean(),
         }
         results.append(_numbers(metrics))
@@ -151,7 +156,7 @@ def evaluate(
 def _spliced_ce(
     model: TransformerBridge, tokens: Tensor, hook_name: str, replaced: Tensor, replace: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, ""]:
-    return cross_entropy(spliced_logits(model, tokens, hook_name, replaced, replace), tokens)
+    return cross_entropy(spliced_logits(model, tokens, hook_name, replaced, replace), tokens, replaced)
 
 
 def _eval_batches(tokens: Int[Tensor, "window pos"], vocab: int) -> Iterator[Int[Tensor, "window pos"]]:

@@ -47,7 +47,7 @@ class RunLog:
                     mode=cfg.wandb_mode,
                     dir=folder,
                     reinit="create_new",
-                    settings=wandb.Settings(silent=True, disable_git=True),
+                    settings=wandb.Settings(silent=True, disable_git=True, console="off"),
                 )
             )
 
@@ -69,12 +69,15 @@ class RunLog:
 
 
 def save_checkpoint(sae: BaseAutoencoder, path: str | Path) -> None:
-    """Write the folder `path`, replacing one that is there: whole or not at all.
+    """Write the folder `path`, replacing a checkpoint that is there: whole or not at all.
 
     cfg.json and sae_weights.safetensors are in SAELens' format (BatchTopK as a jumprelu with one threshold for all);
-    counters.safetensors holds what only training needs.
+    counters.safetensors holds what only training needs. Raises ValueError when `path` holds anything else.
     """
     path = Path(path)
+    foreign = {p.name for p in path.iterdir()} - {CFG, WEIGHTS, COUNTERS} if path.exists() else set()
+    if foreign:
+        raise ValueError(f"{path}: not replaced, as it holds more than a checkpoint: {', '.join(sorted(foreign)[:3])}")
     weights = {name: p.detach().contiguous() for name, p in sae.named_parameters()}
     if sae.cfg.sae_type == "batchtopk":
         weights["threshold"] = sae.threshold.expand(sae.cfg.dict_size).contiguous()
@@ -83,9 +86,13 @@ def save_checkpoint(sae: BaseAutoencoder, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     temporary.mkdir()
-    (temporary / CFG).write_text(json.dumps(_sae_lens_cfg(sae), indent=2))
-    save_file(weights, temporary / WEIGHTS)
-    save_file(counters, temporary / COUNTERS)
+    try:
+        (temporary / CFG).write_text(json.dumps(_sae_lens_cfg(sae), indent=2))
+        save_file(weights, temporary / WEIGHTS)
+        save_file(counters, temporary / COUNTERS)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
     if path.exists():
         replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
         path.rename(replaced)
@@ -142,7 +149,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Bas
         if not torch.equal(threshold, threshold[:1].expand_as(threshold)):
             raise ValueError(f"{path / WEIGHTS}: threshold differs between latents, a batchtopk has one for all")
         weights["threshold"] = threshold[0]
-    sae.load_state_dict(weights | counters)
+    sae.to(weights["W_dec"].dtype).load_state_dict(weights | counters)
     return sae.to(device).eval()
 
 
@@ -162,7 +169,10 @@ def _read_config(file: Path) -> Config:
     if fields.keys() != known:
         wrong = ", ".join(sorted(fields.keys() ^ known))
         raise ValueError(f"{file}: nn_decompositions has missing or unknown fields: {wrong}")
-    return Config(**fields)
+    try:
+        return Config(**fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

@@ -1,15 +1,19 @@
 """Train sparse autoencoders on a transformer's activations.
 
-`python main.py` trains the tiny sweep on the embedded model; `python main.py gpt2` the one of the BatchTopK paper.
-Every field of Config is an option; one that is given several values sweeps over them.
+Two sweeps have names, to be given before all options:
+- python main.py         four types at three sparsities each, embedded model
+- python main.py gpt2    GPT-2 small, as in the BatchTopK paper
+
+Every field of Config is an option. One that is given several values is swept.
 """
 
 import itertools
+import logging
 import sys
 from dataclasses import dataclass, fields, make_dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -18,14 +22,18 @@ from config import SWEEPS, Config, field_docs
 
 @dataclass(frozen=True)
 class Sweep:
-    sweep: Annotated[Literal[tuple(SWEEPS)], tyro.conf.Positional] = "tiny"
+    sweep: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar=f"[{{{','.join(SWEEPS)}}}]")] = "tiny"
     """Named sweep that the options below change."""
 
 
 def _option(field: str, annotation: object) -> tuple[str, object, tuple]:
     default = Config.__dataclass_fields__[field].default
     text = f"{field_docs()[field]} (Config's default: {default})"
-    return field, Annotated[tuple[annotation, ...], tyro.conf.arg(help=text, help_behavior_hint="")], ()
+    metavar = None
+    if get_origin(annotation) is Literal:  # Config refuses other values, in one line
+        annotation, metavar = str, f"[{{{','.join(get_args(annotation))}}} ...]"
+    arg = tyro.conf.arg(help=text, help_behavior_hint="", metavar=metavar)
+    return field, Annotated[tuple[annotation, ...], arg], ()
 
 
 Options = make_dataclass(
@@ -43,21 +51,42 @@ def override(cfgs: list[Config], options: Sweep) -> list[Config]:
     return list({cfg.name: cfg for cfg in combined}.values())
 
 
+def check(cfgs: list[Config]) -> list[Config]:
+    """The Configs with act_size filled in, after what can be known about model and text without loading the model.
+
+    Raises ValueError or OSError when there is no such model or text, or they do not fit.
+    """
+    from activation_store import check_model
+    from text import load_documents
+
+    checked = [check_model(cfg) for cfg in cfgs]
+    for path, name in {(cfg.dataset_path, cfg.dataset_name): None for cfg in cfgs}:
+        load_documents(path, name, held_out=True)
+    return checked
+
+
 def run(cfgs: list[Config], folder: Path) -> None:
     """Train the SAEs of a sweep, one pass of the language model for all that can share it, and write the results."""
     # Imported late: a mistake on the command line is answered at once.
+    from transformers.utils.logging import disable_progress_bar
+
     import results
-    from activation_store import ActivationsStore, check_model, load_model
+    from activation_store import ActivationsStore, load_model
     from logs import RunLog
     from sae import build_sae
     from training import train
 
+    disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are a line each
     groups: dict[tuple, list[Config]] = {}
-    for cfg in map(check_model, cfgs):
+    for cfg in check(cfgs):
         groups.setdefault(cfg.stream, []).append(cfg)
     for group in groups.values():
         cfg = group[0]
-        print(f"{len(group)} SAEs on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations")
+        saes = "1 SAE" if len(group) == 1 else f"{len(group)} SAEs"
+        print(
+            f"{saes} on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations", flush=True
+        )
         model = load_model(cfg)
         store = ActivationsStore(model, cfg)
         log = RunLog(folder, group)
@@ -66,24 +95,27 @@ def run(cfgs: list[Config], folder: Path) -> None:
 
     table = results.load_results(folder)
     table.to_csv(folder / "results.csv", index=False)
+    print(f"\n{results.format_table(table)}\n")
     figures = results.save_figures(table, folder)
-    print(results.format_table(table))
     print(f"table        {folder / 'results.csv'}")
     for figure in figures:
         print(f"plot         {figure}")
     print(f"checkpoints  {folder}/<name>/step-*  ({table['checkpoint'].notna().sum()})")
     if any(c.wandb_mode == "offline" for c in cfgs):
-        print(f"W&B, offline: wandb sync {folder}/wandb/offline-run-*")
+        print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
 
 
 def main() -> None:
     options = tyro.cli(Options, prog="main.py")
     try:
+        if options.sweep not in SWEEPS:
+            raise ValueError(f"sweep = {options.sweep!r}: give one of {', '.join(SWEEPS)}")
         cfgs = override(SWEEPS[options.sweep](), options)
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         run(cfgs, Path(cfgs[0].output_dir) / f"{options.sweep}-{stamp}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"main.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

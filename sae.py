@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -29,8 +29,9 @@ from config import Config, SaeType
 from sparse import Selection, SparseLatents, Support
 
 NORM_EPS = 1e-5
+PROJECTED_ROWS = 1024  # at a time on a CPU: what is multiplied stays in its cache
 AUXK_LEAST_VARIANCE = 1e-6
-THRESHOLD_MEMORY = 0.99  # of BatchTopK's running mean; about the last 100 batches
+THRESHOLD_MEMORY = 0.9  # of BatchTopK's running mean; one batch's value strays by under 1%, a longer mean lags
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class BaseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.l1_coeff = cfg.l1_coeff  # what is in force now: training warms it up
+        self._num_dead: Tensor | None = None  # on a GPU: how many latents were dead after the last step
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
         self.register_buffer("input_scale", torch.ones(()))
 
@@ -113,19 +115,27 @@ class BaseAutoencoder(nn.Module):
         self._check_input(x)
         z, std, mean = self.normalise(x.reshape(-1, x.shape[-1]))
         centred = (z - self.b_dec).detach()
-        selection = self.select(centred)
+        selection = self.select(self._for_product(centred))
+
+        W_enc, W_dec = self.W_enc, self.W_dec
+        dead = self._dead_indices() if self.uses_auxk and self.training else None
+        if dead is not None and len(dead):
+            W_enc, W_enc_dead = (w.t() for w in sparse.split_rows(W_enc.t(), dead))
+            W_dec, W_dec_dead = sparse.split_rows(W_dec, dead)
+
         if selection is None:
             support = None
             pre = self.dense_pre_activations(z)
         else:
             support = selection.support
-            pre = sparse.pre_activations(z, self.W_enc, self.b_enc, self.b_dec, centred, selection)
+            pre = sparse.pre_activations(z, W_enc, self.b_enc, self.b_dec, centred, selection)
         acts = self.activate(pre, support)
-        z_hat = self._decode(acts, support) + self.b_dec
+        z_hat = (acts @ W_dec if support is None else sparse.decode(acts, support, W_dec)) + self.b_dec
 
         losses = {"mse": (z_hat - z).pow(2).mean()} | self.penalty(pre, acts, support, len(z))
-        if self.uses_auxk and self.training:
-            losses |= self._auxk(z, (z - z_hat).detach())
+        if dead is not None and len(dead):
+            pre_dead = (z - self.b_dec) @ W_enc_dead + self.b_enc[dead]
+            losses["auxk"] = self.cfg.aux_penalty * self._auxk(pre_dead, W_dec_dead, (z - z_hat).detach())
         if self.training:
             self._count_fired(acts, support, len(z))
         sae_out = (z_hat * std + mean).view(x.shape)
@@ -150,10 +160,11 @@ class BaseAutoencoder(nn.Module):
         return Normalised((x - mean) / (std + NORM_EPS), std, mean)
 
     def dense_pre_activations(self, z: Float[Tensor, "batch act_size"]) -> Float[Tensor, "batch dict_size"]:
-        return (z - self.b_dec) @ self.W_enc + self.b_enc
+        product = self._for_product(z - self.b_dec) @ self._for_product(self.W_enc)
+        return product.to(z.dtype) + self.b_enc
 
-    def _decode(self, acts: Tensor, support: Support | None) -> Float[Tensor, "batch act_size"]:
-        return acts @ self.W_dec if support is None else sparse.decode(acts, support, self.W_dec)
+    def _for_product(self, matrix: Tensor) -> Tensor:
+        return matrix.bfloat16() if self.cfg.product_dtype == "bfloat16" else matrix
 
     def _check_input(self, x: Tensor) -> None:
         D = self.cfg.act_size
@@ -178,23 +189,38 @@ class BaseAutoencoder(nn.Module):
             fired = counts > 0
         self.tokens_since_fired += batch
         self.tokens_since_fired.masked_fill_(fired, 0)
+        if self.W_dec.is_cuda:
+            self._num_dead = torch.full((), -1, dtype=torch.int64, pin_memory=True)
+            self._num_dead.copy_(self.dead.sum(), non_blocking=True)
 
-    def _auxk(self, z: Float[Tensor, "batch act_size"], error: Float[Tensor, "batch act_size"]) -> dict[str, Tensor]:
+    def _dead_indices(self) -> Int[Tensor, "dead"]:
+        if not self.W_dec.is_cuda:
+            return self.dead.nonzero().squeeze(1)
+        # The last step has queued a copy of their number to the host. It arrives while this step's work is queued, so
+        # the device is never idle; asking the device now would stop the host until all queued work is done.
+        if self._num_dead is None:
+            self._num_dead = self.dead.sum().cpu()
+        while (num_dead := int(self._num_dead)) < 0:
+            pass
+        return torch.nonzero_static(self.dead, size=num_dead).squeeze(1)
+
+    def _auxk(
+        self,
+        pre: Float[Tensor, "batch dead"],
+        W_dec: Float[Tensor, "dead act_size"],
+        error: Float[Tensor, "batch act_size"],
+    ) -> Float[Tensor, ""]:
         """AuxK (Gao et al. 2024, appendix A.2): dead latents alone explain the error of the live ones.
 
-        Its loss is the error's unexplained share, MSE(e_hat, e) / MSE(mean(e), e): 1 where they explain nothing.
+        It is the error's unexplained share, MSE(e_hat, e) / MSE(mean(e), e).
         """
-        dead = self.dead.nonzero().squeeze(1)
-        if len(dead) == 0:
-            return {}
-        pre = (z - self.b_dec) @ self.W_enc.t()[dead].t() + self.b_enc[dead]  # [batch, dead]
         acts = torch.relu(pre)
-        if len(dead) > self.cfg.top_k_aux:
+        if pre.shape[1] > self.cfg.top_k_aux:
             acts = acts * sparse.topk_mask(pre, self.cfg.top_k_aux)
-        unexplained = (acts @ self.W_dec[dead] - error).pow(2).mean()
+        unexplained = (acts @ W_dec - error).pow(2).mean()
         variance = (error - error.mean(dim=0)).pow(2).mean()
         least = AUXK_LEAST_VARIANCE * error.pow(2).mean()  # less only where all rows are the same, or there is one
-        return {"auxk": self.cfg.aux_penalty * (variance > least) * unexplained / variance.clamp_min(least)}
+        return (variance > least) * unexplained / variance.clamp_min(least)
 
     # ---- training ----
 
@@ -210,8 +236,10 @@ class BaseAutoencoder(nn.Module):
     def project_decoder_gradient(self) -> None:
         """Remove from W_dec's gradient what would only change the norms of its rows. Before the optimiser step."""
         assert self.W_dec.grad is not None
-        parallel = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)  # [dict_size], rows of W_dec have norm 1
-        self.W_dec.grad.addcmul_(self.W_dec, parallel[:, None], value=-1)
+        rows = len(self.W_dec) if self.W_dec.is_cuda else PROJECTED_ROWS
+        for grad, w in zip(self.W_dec.grad.split(rows), self.W_dec.split(rows)):
+            parallel = (grad * w).sum(dim=1, keepdim=True)  # rows of W_dec have norm 1
+            grad.addcmul_(parallel, w, value=-1)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -274,6 +302,7 @@ class BatchTopKSAE(BaseAutoencoder):
     @torch.no_grad()
     def _update_threshold(self, kept: Float[Tensor, "nnz"]) -> None:
         """With weight (1 - m) / (1 - m^n) on the n-th value, the running mean is free of its start at 0."""
+        kept = kept.to(self.threshold.dtype)
         positive = kept > 0
         any_fired = positive.any()
         smallest = torch.where(positive, kept, torch.inf).amin() if len(kept) else self.threshold

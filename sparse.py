@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 # A chunk of pre-activations that stays in a CPU's cache makes the product itself faster; a GPU wants few launches.
 CPU_CHUNK_ROWS, CPU_CHUNK_LATENTS = 2048, 3072
 GPU_CHUNK_ELEMENTS = 1 << 27
-MAX_DENSITY = 0.02  # share of latents above which a dense step is faster than a sparse one
+MAX_DENSITY = 0.06  # share of latents above which a dense step is faster than a sparse one
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Selection(NamedTuple):
 def _chunks(
     x: Float[Tensor, "batch act_size"], W_enc: Float[Tensor, "act_size dict_size"], b_enc: Float[Tensor, "dict_size"]
 ) -> Iterator[tuple[slice, slice, Float[Tensor, "rows latents"]]]:
-    """Pre-activations x W_enc + b_enc, block by block, with its rows and latents. All blocks reuse one buffer."""
+    """Pre-activations x W_enc + b_enc in x's dtype, a block at a time, with its rows and latents, in one buffer."""
     batch, dict_size = len(x), W_enc.shape[1]
     if x.is_cuda:
         rows, latents = batch, min(dict_size, max(1024, GPU_CHUNK_ELEMENTS // batch))
@@ -112,7 +112,7 @@ def _chunks(
         for l in range(0, dict_size, latents):
             block = slice(l, min(l + latents, dict_size))
             pre = buffer[: len(x_r) * (block.stop - l)].view(len(x_r), -1)
-            torch.addmm(b_enc[block], x_r, W_enc[:, block], out=pre)
+            torch.addmm(b_enc[block].to(x.dtype), x_r, W_enc[:, block].to(x.dtype), out=pre)
             yield slice(r, r + len(x_r)), block, pre
 
 
@@ -183,7 +183,7 @@ def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, guess: Flo
 def _smallest_kept_in_sample(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> float:
     """What the k-th largest entry per row, on average, is for a few rows; somewhat less, for a guess."""
     sample = x[:: max(1, len(x) // 32)]
-    pre = torch.addmm(b_enc, sample, W_enc)
+    pre = torch.addmm(b_enc, sample.to(W_enc.dtype), W_enc)
     return max(0.0, 0.9 * pre.flatten().topk(k * len(sample)).values[-1].item())
 
 
@@ -220,7 +220,7 @@ class _PreActivations(torch.autograd.Function):
     ) -> Float[Tensor, "nnz"]:
         ctx.save_for_backward(centred, W_enc)
         ctx.support = selection.support
-        return selection.pre
+        return selection.pre.to(W_enc.dtype)
 
     @staticmethod
     @once_differentiable
@@ -276,6 +276,27 @@ def decode(
 ) -> Float[Tensor, "batch act_size"]:
     """Sum of decoder rows weighted by the latents, without b_dec, with gradients to values and W_dec."""
     return _Decode.apply(values, W_dec, support)
+
+
+class _SplitRows(torch.autograd.Function):
+    """A matrix, and some rows of it. The rows' gradient is added to the matrix's in place, not as a second matrix."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, matrix: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.chosen = chosen
+        return matrix.view_as(matrix), matrix[chosen]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d_matrix: Tensor, d_rows: Tensor) -> tuple[Tensor, None]:
+        return d_matrix.index_add_(0, ctx.chosen, d_rows), None
+
+
+def split_rows(
+    matrix: Float[Tensor, "dict_size act_size"], chosen: Int[Tensor, "chosen"]
+) -> tuple[Float[Tensor, "dict_size act_size"], Float[Tensor, "chosen act_size"]]:
+    """The matrix, for `pre_activations` or `decode` alone, and its chosen rows, for anything."""
+    return _SplitRows.apply(matrix, chosen)
 
 
 def _bags_by_row(weights: Tensor, support: Support, matrix: Float[Tensor, "dict_size act_size"]) -> Tensor:

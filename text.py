@@ -6,8 +6,11 @@ tokens already. One document in ten is held out for evaluation, by a hash that n
 
 import glob
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -32,24 +35,31 @@ def is_held_out(key: str) -> bool:
 
 
 def local_files(dataset_path: str) -> list[Path]:
-    """The local files that `dataset_path` names, sorted; empty when it is not a local path or glob.
+    """The local files, sorted, that `dataset_path` names as a file, a folder or a glob; empty when it is a Hub name.
 
-    Raises ValueError when a path or glob is meant but matches nothing, or matches files of several kinds.
+    Raises ValueError when a path or glob is meant but matches nothing, files of several kinds, or only empty files.
     """
     if dataset_path == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         return sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts)
     path = Path(dataset_path).expanduser()
+    pattern = glob.escape(str(path)) if path.exists() else str(path)
     if path.is_dir():
-        return []
-    files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        pattern += "/**/*"
+    files = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+    if path.is_dir():
+        files = [p for p in files if p.suffix in LOCAL_SUFFIXES]
+    allowed = ", ".join(LOCAL_SUFFIXES)
     meant_locally = path.suffix in LOCAL_SUFFIXES or glob.has_magic(dataset_path) or path.is_absolute()
-    if meant_locally and not files:
-        raise ValueError(f"dataset_path {dataset_path!r}: no such file; check the path or the glob")
+    if not files and (meant_locally or path.exists() or dataset_path.startswith(".")):
+        missing = f"no file of {allowed} in that folder" if path.is_dir() else "no such file"
+        raise ValueError(f"dataset_path {dataset_path!r}: {missing}; check the path or the glob")
     suffixes = sorted({p.suffix for p in files})
     if len(suffixes) > 1 or not set(suffixes) <= set(LOCAL_SUFFIXES):
-        allowed = ", ".join(LOCAL_SUFFIXES)
-        raise ValueError(f"dataset_path {dataset_path!r}: found {', '.join(suffixes)}; give files of one of {allowed}")
+        found = ", ".join(suffix or "a name without a suffix" for suffix in suffixes)
+        raise ValueError(f"dataset_path {dataset_path!r}: found {found}; give files of one of {allowed}")
+    if files and not any(p.stat().st_size for p in files):
+        raise ValueError(f"dataset_path {dataset_path!r}: every file is empty; give files with text or tokens")
     return files
 
 
@@ -74,18 +84,17 @@ def load_documents(
             raise ValueError(
                 f"dataset_path {dataset_path!r}: {len(files)} files leave none for the {split} part; add files"
             )
-        dataset = _load("text", data_files=kept, sample_by="document", encoding_errors="replace")
+        dataset = IterableDataset.from_generator(_file_documents, gen_kwargs={"files": kept})
         return dataset.shuffle(seed=seed, buffer_size=SHUFFLE_DOCUMENTS)
 
     if suffix == ".txt":
-        dataset = _load("text", data_files=[str(p) for p in files], keep_linebreaks=True, encoding_errors="replace")
-        dataset = dataset.map(_join_lines, batched=True, batch_size=LINES_PER_DOCUMENT)
+        dataset = IterableDataset.from_generator(_file_documents, gen_kwargs={"files": [str(p) for p in files]})
         column = "text"
     else:
         if suffix == ".jsonl":
-            dataset = _load("json", data_files=[str(p) for p in files])
+            dataset = _load("json", files)
         elif suffix == ".parquet":
-            dataset = _load("parquet", data_files=[str(p) for p in files])
+            dataset = _load("parquet", files)
         else:
             dataset = _load(dataset_path, name=dataset_name)
         columns = dataset.column_names or list(next(iter(dataset), {}))
@@ -102,20 +111,29 @@ def load_documents(
         if column != kind:
             dataset = dataset.rename_column(column, kind)
         column = kind
-    dataset = dataset.filter(lambda row: is_held_out(str(row[column])) == held_out)
+    dataset = dataset.filter(lambda row: row[column] is not None and is_held_out(str(row[column])) == held_out)
     return dataset.shuffle(seed=seed, buffer_size=SHUFFLE_DOCUMENTS)
 
 
-def _load(builder: str, **options: object) -> IterableDataset:
-    return load_dataset(builder, split="train", streaming=True, **options)
+def _load(builder: str, files: list[Path] | None = None, **options: object) -> IterableDataset:
+    # `datasets` takes file names for globs.
+    data_files = None if files is None else [glob.escape(str(p)) for p in files]
+    return load_dataset(builder, data_files=data_files, split="train", streaming=True, **options)
 
 
 def _common_folder(files: list[Path]) -> Path:
-    return Path(*[parts[0] for parts in zip(*(p.parent.parts for p in files)) if len(set(parts)) == 1])
+    return Path(os.path.commonpath([p.parent for p in files]))
 
 
-def _join_lines(batch: dict[str, list[str]]) -> dict[str, list[str]]:
-    return {"text": ["".join(batch["text"])]}
+def _file_documents(files: list[str]) -> Iterator[dict[str, str]]:
+    """A .py file is a document, and so are 128 lines of a .txt file: of one file, whatever the order of the files."""
+    for file in files:
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            if file.endswith(".py"):
+                yield {"text": lines.read()}
+            else:
+                while document := "".join(islice(lines, LINES_PER_DOCUMENT)):
+                    yield {"text": document}
 
 
 def bos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -134,20 +152,20 @@ def token_windows(
     """Pack documents into windows of `seq_len` tokens, each starting with BOS, documents ended by EOS.
 
     No token is lost but the rest, shorter than a window, at the end of the last document.
-    Raises ValueError when a pre-tokenised row holds an id outside the tokenizer's vocabulary.
+    Raises ValueError when a row is neither a string nor a list of ids of the tokenizer's vocabulary.
     """
     bos, eos = bos_token_id(tokenizer), tokenizer.eos_token_id
     separator = [] if eos is None else [eos]
     vocab_size = len(tokenizer)
     pending: list[int] = []
     for tokens in _tokenised(documents, tokenizer):
-        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             raise ValueError(
                 f"token {max(tokens) if min(tokens) >= 0 else min(tokens)} is outside the vocabulary of {vocab_size}"
                 f" of {tokenizer.name_or_path!r}; the data set was tokenised for another model"
             )
-        pending += tokens
-        pending += separator
+        pending.extend(tokens)
+        pending.extend(separator)
         full = len(pending) // (seq_len - 1) * (seq_len - 1)
         for start in range(0, full, seq_len - 1):
             yield torch.tensor([bos, *pending[start : start + seq_len - 1]])
@@ -158,8 +176,12 @@ def _tokenised(documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase) ->
     texts: list[str] = []
     for document in documents:
         if "tokens" in document:
+            if not all(isinstance(token, Integral) for token in document["tokens"][:1]):
+                raise ValueError(f"tokens start with {document['tokens'][0]!r}; the column must hold lists of ids")
             yield document["tokens"]
             continue
+        if not isinstance(document["text"], str):
+            raise ValueError(f"a text is {document['text']!r}; the column must hold strings")
         texts.append(document["text"])
         if len(texts) == TOKENISE_DOCUMENTS:
             yield from _encode(texts, tokenizer)

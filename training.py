@@ -1,5 +1,7 @@
 """The training loop: one stream of activations, many SAEs."""
 
+import time
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,9 +34,9 @@ class Trainer:
 
     def __init__(self, sae: BaseAutoencoder) -> None:
         self.sae, self.cfg = sae, sae.cfg
-        self.optimizer = torch.optim.Adam(
-            sae.parameters(), lr=sae.cfg.lr, betas=(sae.cfg.beta1, sae.cfg.beta2), fused=True
-        )
+        # Fused Adam is five times slower on W_enc as it lies, latent by latent: it is given the transposed view.
+        self.views = [p.detach() if p.is_contiguous() else p.detach().t() for p in sae.parameters()]
+        self.optimizer = torch.optim.Adam(self.views, lr=sae.cfg.lr, betas=(sae.cfg.beta1, sae.cfg.beta2), fused=True)
 
     def step(self, x: Float[Tensor, "batch act_size"], step: int) -> SAEOutput:
         """One step on a batch; returns the output of its forward pass."""
@@ -44,9 +46,12 @@ class Trainer:
         out = sae(x)
         out.loss.backward()
         sae.project_decoder_gradient()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg.max_grad_norm)
+        for view, p in zip(self.views, sae.parameters()):
+            view.grad = p.grad if p.is_contiguous() else p.grad.t()
+        torch.nn.utils.clip_grad_norm_(self.views, cfg.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        sae.zero_grad()
         sae.constrain()
         return out
 
@@ -55,8 +60,8 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
     """Train every SAE on the same batches of `store` for num_tokens; returns each one's metrics on held-out text.
 
     The SAEs may differ in type and in every field that is not of the stream (Config.stream). Metrics and checkpoints go
-    to `log`, if there is one, every log_freq, perf_log_freq and checkpoint_freq steps of the first SAE's Config and at
-    the end. Raises ValueError when the SAEs do not share the store's stream.
+    to `log`, if there is one, every log_freq, perf_log_freq and checkpoint_freq steps of the store's Config and at the
+    end. Raises ValueError when the SAEs do not share the store's stream.
     """
     cfg = store.cfg
     for sae in saes:
@@ -68,7 +73,15 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
     held_out = store.held_out_tokens()
     results: list[dict[str, float]] = []
 
-    bar = tqdm(total=cfg.num_steps * cfg.batch_size, unit="tok", unit_scale=True, smoothing=0.1, dynamic_ncols=True)
+    bar = tqdm(
+        total=cfg.num_steps * cfg.batch_size,
+        unit="tok",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=None,  # where standard error is not a terminal
+        bar_format="{l_bar}{bar:8}| {remaining} left, {rate_fmt}{postfix}",  # fits 80 columns
+    )
+    clock, timed_tokens = time.perf_counter(), 0
     for step in range(cfg.num_steps):
         x = store.next_batch()
         if step == 0:
@@ -81,20 +94,23 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
         is_checkpoint_step = is_last_step or (cfg.checkpoint_freq is not None and done % cfg.checkpoint_freq == 0)
 
         logged = []
-        for index, trainer in enumerate(trainers):
+        for trainer in trainers:
             out = trainer.step(x, step)
             if is_log_step:
-                metrics = training_metrics(trainer.sae, x, out)
-                metrics["train/lr"] = trainer.optimizer.param_groups[0]["lr"]
-                metrics["train/tokens_per_second"] = bar.format_dict["rate"] or 0.0
-                logged.append(metrics)
-                if log is not None:
-                    log.log(index, done, done * cfg.batch_size, metrics)
+                rate = trainer.optimizer.param_groups[0]["lr"]
+                logged.append(training_metrics(trainer.sae, x, out) | {"train/lr": rate})
             del out
         bar.update(cfg.batch_size)
+        timed_tokens += cfg.batch_size
         if is_log_step:
             bar.set_postfix_str(_summary(logged), refresh=False)
+            speed = {"train/tokens_per_second": timed_tokens / (time.perf_counter() - clock)}
+            clock, timed_tokens = time.perf_counter(), 0
+            if log is not None:
+                for index, metrics in enumerate(logged):
+                    log.log(index, done, done * cfg.batch_size, metrics | speed)
 
+        paused = time.perf_counter()
         if is_eval_step:
             results = evaluate(store.model, saes, held_out, store.mean)
             if log is not None:
@@ -103,6 +119,7 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
         if is_checkpoint_step and log is not None:
             for sae in saes:
                 log.checkpoint(sae, done)
+        clock += time.perf_counter() - paused
     bar.close()
     for sae in saes:
         sae.eval()

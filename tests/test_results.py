@@ -88,6 +88,13 @@ def test_sorted_by_type_then_width_then_l0(tmp_path: Path) -> None:
     assert list(df.index) == list(range(7))
 
 
+def test_l0_decides_within_a_width(tmp_path: Path) -> None:
+    cfgs = sorted((Config(seed=seed) for seed in range(4)), key=lambda cfg: cfg.name)
+    for cfg, l0 in zip(cfgs, (40.0, 30.0, 20.0, 10.0)):
+        write_sae(tmp_path / "s", cfg, evaluation(l0))
+    assert list(load_results(tmp_path)["l0"]) == [10.0, 20.0, 30.0, 40.0]
+
+
 def test_every_type_of_config_has_a_place() -> None:
     assert tuple(results.TYPES) == get_args(SaeType)
 
@@ -220,7 +227,7 @@ def test_table_of_two(tmp_path: Path) -> None:
 
 
 def test_table_of_fifteen_is_at_most_80_wide() -> None:
-    wide = [(sae_type, 2**20, 131_071.9, -1_234_567.89, -98_765.4321) for sae_type in ("batchtopk", "jumprelu")]
+    wide = [(sae_type, 2**20, 131_071.9, -1.23456789e12, -98_765.4321) for sae_type in ("batchtopk", "jumprelu")]
     df = frame(*wide, *(("topk", 2048, 32.0, 0.8, math.nan) for _ in range(13)))
     df["l1_coeff"] = 0.000123456789
     lines = format_table(df).splitlines()
@@ -247,7 +254,7 @@ def test_table_of_several_sweeps_names_each() -> None:
 
 
 def test_plot_has_a_sorted_line_per_type(tmp_path: Path) -> None:
-    figure = plot_pareto(load_results(twelve(tmp_path / "s")))
+    figure = plot_pareto(load_results(twelve(tmp_path / "s")).iloc[::-1])
     for axes, intercept in zip(figure.axes, (0.5, 0.6)):
         lines = {line.get_label(): line for line in axes.lines}
         assert sorted(lines) == ["BatchTopK 2048", "JumpReLU 2048", "TopK 2048", "Vanilla 2048"]
@@ -258,10 +265,10 @@ def test_plot_has_a_sorted_line_per_type(tmp_path: Path) -> None:
 
 
 def test_plot_colours_are_fixed_by_type() -> None:
-    both = plot_pareto(frame(("jumprelu", 512, 8.0, 0.5, 0.6), ("vanilla", 512, 9.0, 0.5, 0.6)))
+    both = plot_pareto(frame(("jumprelu", 512, 8.0, 0.5, 0.6), ("batchtopk", 512, 9.0, 0.5, 0.6)))
     alone = plot_pareto(frame(("jumprelu", 2048, 8.0, 0.5, 0.6)))
     colours = {line.get_label(): line.get_color() for line in both.axes[0].lines}
-    assert colours["JumpReLU 512"] == alone.axes[0].lines[0].get_color() != colours["Vanilla 512"]
+    assert colours["JumpReLU 512"] == alone.axes[0].lines[0].get_color() != colours["BatchTopK 512"]
 
 
 def test_plot_has_a_line_per_width_told_apart() -> None:

@@ -304,7 +304,7 @@ def test_batchtopk_threshold_is_a_running_mean_free_of_its_start() -> None:
         x = rows(B, seed=seed)
         kept.append(smallest_kept(sae, x))
         sae(x)
-        weights = [0.99**age for age in reversed(range(len(kept)))]
+        weights = [0.9**age for age in reversed(range(len(kept)))]
         expected = sum(w * c for w, c in zip(weights, kept)) / sum(weights)
         assert_close(sae.threshold, expected, rtol=1e-5, atol=0)
 

@@ -1,0 +1,212 @@
+"""Time and memory of one training step, against the least it can cost and against other libraries.
+
+    python benchmarks/step.py                                    # 2 cores: about 5 minutes
+    python benchmarks/step.py --dict-size 98304 --sae-type topk
+    python benchmarks/step.py --device cuda --batch-size 4096 --json step.json
+
+The floor is one encoder product into a reused buffer and one fused Adam step over W_enc and W_dec: no step that trains
+all of both can do without them. The dense reference is the same SAE with ordinary autograd over [batch, dict_size].
+Contenders run in turn in one process; a row gives the median and the range. Peak memory is what a step needs beyond
+parameters, gradients and Adam's state, in a process of its own.
+"""
+
+import itertools
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import peers
+import torch
+import tyro
+from timing import interleaved, machine, median, print_table, spread, write_json
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this file runs as a script
+
+from config import Config, SaeType
+from sae import build_sae
+from training import Trainer
+
+L0 = 64  # of Vanilla and JumpReLU
+DEAD_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Options:
+    sae_type: tuple[SaeType, ...] = ("topk", "batchtopk", "jumprelu", "vanilla")
+    act_size: int = 768
+    dict_size: tuple[int, ...] = (12288,)
+    top_k: int = 32
+    batch_size: int = 2048
+    device: str = "cpu"
+    repeats: int = 9
+    auxk: bool = True
+    """Also time TopK and BatchTopK with a tenth of the latents dead."""
+    dense: bool = True
+    """Also time the dense reference, which needs several [batch, dict_size] tensors."""
+    peers: bool = True
+    """Also time the libraries of requirements-bench.txt that are installed."""
+    memory: bool = True
+    json: Path | None = None
+    """File for the figures, in seconds and bytes."""
+    measure_memory: tuple[SaeType, ...] = ()
+    """Used by the benchmark itself: print the peak memory of one step of this type and stop."""
+
+
+def config(options: Options, sae_type: SaeType, dict_size: int) -> Config:
+    return Config(
+        sae_type=sae_type, act_size=options.act_size, dict_size=dict_size, top_k=options.top_k, device=options.device,
+        batch_size=options.batch_size, num_tokens=1000 * options.batch_size, lr=1e-6, l1_coeff=1e-3, bandwidth=1e-3,
+        top_k_aux=512, dead_after_tokens=10**12, input_unit_norm=False,
+    )  # fmt: skip
+
+
+def activations(options: Options) -> list[Tensor]:
+    """Batches with the structure SAEs look for: sums of a few of many directions, and noise."""
+    rng = torch.Generator().manual_seed(0)
+    directions = torch.randn(4 * options.act_size, options.act_size, generator=rng) / options.act_size**0.5
+    batches = []
+    for _ in range(3):
+        chosen = torch.randint(len(directions), (options.batch_size, 16), generator=rng)
+        weights = torch.rand(options.batch_size, 16, 1, generator=rng) * 4
+        x = (directions[chosen] * weights).sum(dim=1)
+        batches.append((x + 0.1 * torch.randn(x.shape, generator=rng)).to(options.device))
+    return batches
+
+
+def trainer(cfg: Config, x: Tensor, dead_share: float = 0.0) -> Trainer:
+    """An SAE ready to train whose Vanilla or JumpReLU latents fire L0 times a row."""
+    sae = build_sae(cfg).train()
+    sae.initialise_from(x)
+    with torch.no_grad():
+        if cfg.sae_type in ("vanilla", "jumprelu"):
+            sample = sae.dense_pre_activations(x[:64]).flatten()
+            cut = sample.topk(64 * L0).values[-1]
+            if cfg.sae_type == "vanilla":
+                sae.b_enc -= cut
+            else:
+                sae.threshold.fill_(cut)
+        if dead_share:
+            dead = slice(0, int(dead_share * cfg.dict_size))
+            sae.b_enc[dead] -= 100
+            sae.tokens_since_fired[dead] = 2 * 10**12
+    return Trainer(sae)
+
+
+def floor(cfg: Config, x: Tensor) -> Callable[[], None]:
+    product = torch.empty(len(x), cfg.dict_size, device=x.device)
+    matrices = [torch.randn(cfg.dict_size, cfg.act_size, device=x.device) for _ in range(2)]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    adam = torch.optim.Adam(matrices, lr=1e-6, fused=True)
+
+    def run() -> None:
+        torch.mm(x, matrices[0].t(), out=product)
+        adam.step()
+
+    return run
+
+
+def dense(of: Trainer) -> Trainer:
+    """The same step with ordinary autograd over [batch, dict_size]."""
+    of.sae.select = lambda centred: None
+    return of
+
+
+def our_step(of: Trainer, batch: Callable[[], Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        of.step(batch(), 500)
+
+    return run
+
+
+def benchmark(options: Options, dict_size: int) -> dict[str, list[float]]:
+    batches = itertools.cycle(activations(options))
+    x = next(batches)
+    contenders: dict[str, Callable[[], None]] = {"floor": floor(config(options, "topk", dict_size), x)}
+    for sae_type in options.sae_type:
+        cfg = config(options, sae_type, dict_size)
+        contenders[sae_type] = our_step(trainer(cfg, x), lambda: next(batches))
+        if options.auxk and sae_type in ("topk", "batchtopk"):
+            contenders[f"{sae_type}, 10% dead"] = our_step(trainer(cfg, x, DEAD_SHARE), lambda: next(batches))
+        if options.dense:
+            contenders[f"{sae_type}, dense"] = our_step(dense(trainer(cfg, x)), lambda: next(batches))
+    if options.peers:
+        contenders |= peers.steps(options.act_size, dict_size, options.top_k, x)
+    return interleaved(contenders, options.repeats, x.device)
+
+
+def measure_memory(options: Options) -> int:
+    """Bytes beyond parameters, gradients and Adam's state at the peak of a step."""
+    (sae_type,), (dict_size,) = options.measure_memory, options.dict_size
+    batches = activations(options)
+    of = trainer(config(options, sae_type, dict_size), batches[0])
+    if options.device != "cpu":
+        of.step(batches[0], 500)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        of.step(batches[1], 501)
+        gradients = sum(p.numel() * p.element_size() for p in of.sae.parameters())
+        return torch.cuda.max_memory_allocated() - before - gradients
+    # A process's peak is kept for ever: fill what a step keeps by hand, then see how much further the peak rises.
+    for view in of.views:
+        view.grad = torch.ones_like(view)
+    of.optimizer.step()
+    kept = _resident()
+    gradients = [view.grad for view in of.views]
+    of.optimizer.zero_grad()
+    del gradients, view
+    for batch in batches:
+        of.step(batch, 500)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - kept
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak_memory(options: Options, sae_type: SaeType, dict_size: int) -> int:
+    """measure_memory in a process of its own."""
+    command = [
+        sys.executable, __file__, "--measure-memory", sae_type, "--dict-size", str(dict_size),
+        "--act-size", str(options.act_size), "--batch-size", str(options.batch_size), "--top-k", str(options.top_k),
+        "--device", options.device,
+    ]  # fmt: skip
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main(options: Options) -> None:
+    if options.measure_memory:
+        print(measure_memory(options))
+        return
+    where = machine(torch.device(options.device))
+    print(
+        f"{where}\nact_size {options.act_size}, batch {options.batch_size}, k {options.top_k}, L0 {L0} of vanilla and"
+    )
+    print("jumprelu, float32; milliseconds: median (range)")
+    rows, figures = [], []
+    for dict_size in options.dict_size:
+        seconds = benchmark(options, dict_size)
+        base = median(seconds["floor"])
+        for name, times in seconds.items():
+            memory = peak_memory(options, name, dict_size) if options.memory and name in options.sae_type else None
+            rows.append(
+                {
+                    "dict_size": str(dict_size),
+                    "step": name,
+                    "ms": spread(times),
+                    "x floor": f"{median(times) / base:.2f}",
+                    "peak MB": "" if memory is None else f"{memory / 1e6:.0f}",
+                }
+            )
+            figures.append({"dict_size": dict_size, "step": name, "seconds": times, "peak_bytes": memory})
+    print_table(rows)
+    write_json(options.json, {"machine": where, "figures": figures})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

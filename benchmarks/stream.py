@@ -1,0 +1,114 @@
+"""Tokens/s of the activation store, against a bare Hugging Face forward pass that stops at the same place.
+
+    python benchmarks/stream.py                       # GPT-2 small's architecture, layer 8: about 3 minutes on 2 cores
+    python benchmarks/stream.py --device cuda --dtype bfloat16
+
+The model has random weights; its text is the Python standard library, tokenised as it streams. The bare pass is given
+ready tokens and a model cut after the blocks it needs, so it has neither text, hooks, buffer nor shuffling to pay for.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from timing import interleaved, machine, median, print_table, spread, write_json
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers.utils.logging import disable_progress_bar
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this file runs as a script
+
+from activation_store import TINY_LM, ActivationsStore, check_model, load_model
+from config import Config, Dtype
+
+
+@dataclass(frozen=True)
+class Options:
+    n_layer: int = 12
+    n_embd: int = 768
+    layer: int = 8
+    seq_len: int = 128
+    model_batch_size: int = 16
+    batch_size: int = 2048
+    dtype: Dtype = "float32"
+    device: str = "cpu"
+    repeats: int = 7
+    json: Path | None = None
+    """File for the figures, in seconds."""
+
+
+def random_gpt2(folder: str, options: Options) -> None:
+    """A folder in GPT-2's format with random weights and the embedded model's tokenizer."""
+    torch.manual_seed(0)
+    heads = options.n_embd // 64
+    config = GPT2Config(n_layer=options.n_layer, n_embd=options.n_embd, n_head=heads, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY_LM).save_pretrained(folder)
+
+
+def bare_forward(folder: str, cfg: Config, attention: str) -> Callable[[], None]:
+    """The blocks below cfg.layer of the Hugging Face model, on one batch of windows."""
+    model = GPT2Model.from_pretrained(folder, dtype=cfg.torch_dtype, attn_implementation=attention)
+    model.h = model.h[: cfg.layer]
+    model.ln_f = torch.nn.Identity()
+    model.to(cfg.torch_device).eval()
+    tokens = torch.randint(1, 4096, (cfg.model_batch_size, cfg.seq_len), device=cfg.torch_device)
+
+    @torch.no_grad()
+    def run() -> None:
+        model(tokens, use_cache=False)
+
+    return run
+
+
+def main(options: Options) -> None:
+    disable_progress_bar()
+    device = torch.device(options.device)
+    where = machine(device)
+    print(f"{where}\n{options.n_layer} blocks of width {options.n_embd}, blocks.{options.layer}.hook_resid_pre,")
+    print(f"{options.model_batch_size} windows of {options.seq_len} tokens, {options.dtype}; ms: median (range)")
+    with tempfile.TemporaryDirectory() as folder:
+        random_gpt2(folder, options)
+        cfg = check_model(
+            Config(
+                model_name=folder, layer=options.layer, seq_len=options.seq_len, batch_size=options.batch_size,
+                model_batch_size=options.model_batch_size, dtype=options.dtype, device=options.device,
+                num_batches_in_buffer=8,
+            )
+        )  # fmt: skip
+        store = ActivationsStore(load_model(cfg), cfg)
+        store.next_batch()
+        window_tokens = cfg.model_batch_size * cfg.seq_len
+
+        def refill() -> None:
+            """Serve batches until the store has read half a buffer of new tokens."""
+            until = store.tokens_seen + window_tokens * cfg.num_batches_in_buffer // 2
+            while store.tokens_seen < until:
+                store.next_batch()
+
+        passes = cfg.num_batches_in_buffer // 2
+        bare = {a: bare_forward(folder, cfg, a) for a in ("eager", "sdpa")}
+        contenders = {"store": refill} | {
+            f"bare forward, {a}": lambda run=run: [run() for _ in range(passes)] and None for a, run in bare.items()
+        }
+        seconds = interleaved(contenders, options.repeats, device)
+    tokens = window_tokens * passes
+    base = median(seconds["bare forward, eager"])
+    rows = [
+        {
+            "": name,
+            "ms": spread(times),
+            "tokens/s": f"{tokens / median(times):,.0f}",
+            "speed, bare eager = 1": f"{base / median(times):.2f}",
+        }
+        for name, times in seconds.items()
+    ]
+    print_table(rows)
+    write_json(options.json, {"machine": where, "tokens": tokens, "seconds": seconds})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,82 @@
+"""Wall time of a sweep on one stream, against its parts: one pass of the model and each SAE's steps measured alone.
+
+python benchmarks/sweep.py                        # the tiny sweep's 12 SAEs, 60 steps: about 2 minutes on 2 cores
+python benchmarks/sweep.py --sweep gpt2 --device cuda
+"""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from timing import machine, median, print_table, synchronise, write_json
+from transformers.utils.logging import disable_progress_bar
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this file runs as a script
+
+from activation_store import ActivationsStore, check_model, load_model
+from config import SWEEPS
+from sae import build_sae
+from training import Trainer
+
+
+@dataclass(frozen=True)
+class Options:
+    sweep: str = "tiny"
+    steps: int = 60
+    repeats: int = 3
+    device: str = "cpu"
+    json: Path | None = None
+    """File for the figures, in seconds."""
+
+
+def main(options: Options) -> None:
+    disable_progress_bar()
+    device = torch.device(options.device)
+    where = machine(device)
+    cfgs = [check_model(replace(cfg, device=options.device)) for cfg in SWEEPS[options.sweep]()]
+    print(
+        f"{where}\nsweep {options.sweep}: {len(cfgs)} SAEs, {options.steps} steps of {cfgs[0].batch_size} activations"
+    )
+    model = load_model(cfgs[0])
+    seconds: dict[str, list[float]] = {"sweep": [], "model alone": [], "steps alone": []}
+    for _ in range(options.repeats):
+        seconds["sweep"].append(run(options, cfgs, ActivationsStore(model, cfgs[0]), device))
+        seconds["model alone"].append(run(options, [], ActivationsStore(model, cfgs[0]), device))
+        recorded = ActivationsStore(model, cfgs[0])
+        batches = [recorded.next_batch() for _ in range(options.steps)]
+        seconds["steps alone"].append(sum(train_alone(cfg, batches, device) for cfg in cfgs))
+    parts = median(seconds["model alone"]) + median(seconds["steps alone"])
+    rows = [{"": name, "s": f"{median(times):.1f}"} for name, times in seconds.items()]
+    print_table([*rows, {"": "sweep / parts", "s": f"{median(seconds['sweep']) / parts:.3f}"}])
+    write_json(options.json, {"machine": where, "seconds": seconds})
+
+
+def run(options: Options, cfgs: list, store: ActivationsStore, device: torch.device) -> float:
+    """Seconds of the loop over the stream, the first batch (which fills the buffer) included."""
+    trainers = [Trainer(build_sae(cfg).train()) for cfg in cfgs]
+    start = time.perf_counter()
+    for step in range(options.steps):
+        x = store.next_batch()
+        for trainer in trainers:
+            if step == 0:
+                trainer.sae.initialise_from(x)
+            trainer.step(x, step)
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def train_alone(cfg, batches: list[torch.Tensor], device: torch.device) -> float:
+    trainer = Trainer(build_sae(cfg).train())
+    trainer.sae.initialise_from(batches[0])
+    start = time.perf_counter()
+    for step, x in enumerate(batches):
+        trainer.step(x, step)
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,64 @@
+"""What the benchmarks share: interleaved timing, the machine's name, tables."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def machine(device: torch.device) -> str:
+    """One line that says where the figures come from."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+        name = (
+            f"{models[0].split(':')[1].strip() if models else platform.processor()}, {torch.get_num_threads()} threads"
+        )
+    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], None]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each contender, `repeats` times, in turn, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(-1, repeats):
+        for name, run in contenders.items():
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median(seconds: list[float]) -> float:
+    return statistics.median(seconds)
+
+
+def spread(seconds: list[float]) -> str:
+    """Median and range in milliseconds."""
+    return f"{median(seconds) * 1e3:.0f} ({min(seconds) * 1e3:.0f}-{max(seconds) * 1e3:.0f})"
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    for row in [{key: key for key in widths}, *rows]:
+        print("  ".join(row[key].rjust(width) for key, width in widths.items()))
+
+
+def write_json(path: Path | None, result: object) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2))

@@ -1,0 +1,199 @@
+"""config.py: what is refused, what names a run and what decides its stream, field by field."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from config import SITES, SWEEPS, Config, SaeType, field_docs
+
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+CHANGED = dict(
+    model_name="gpt2", layer=1, site="mlp_out", dataset_path="corpus.txt", dataset_name="sample-10BT", seq_len=64,
+    model_batch_size=16, num_batches_in_buffer=8, act_size=256, dtype="bfloat16", sae_type="vanilla", dict_size=1024,
+    top_k=16, l1_coeff=0.1, bandwidth=0.01, threshold_init=0.01, top_k_aux=128, aux_penalty=0.1,
+    dead_after_tokens=1000, product_dtype="bfloat16", input_unit_norm=False, seed=1, num_tokens=500_000, batch_size=1024, lr=1e-3, beta1=0.8,
+    beta2=0.999, max_grad_norm=2.0, lr_warmup=0.1, lr_decay=0.1, sparsity_warmup=0.2, device="cuda:1",
+    wandb_project="other", wandb_mode="disabled", log_freq=10, perf_log_freq=10, eval_windows=8, checkpoint_freq=10,
+    output_dir="elsewhere",
+)  # fmt: skip
+OUTPUT = {
+    "device", "wandb_project", "wandb_mode", "log_freq", "perf_log_freq", "eval_windows", "checkpoint_freq",
+    "output_dir",
+}  # fmt: skip
+UNUSED = {
+    "vanilla": {"top_k", "top_k_aux", "aux_penalty", "bandwidth", "threshold_init"},
+    "topk": {"l1_coeff", "sparsity_warmup", "bandwidth", "threshold_init"},
+    "batchtopk": {"l1_coeff", "sparsity_warmup", "bandwidth", "threshold_init"},
+    "jumprelu": {"top_k", "top_k_aux", "aux_penalty"},
+}
+STREAM = {
+    "model_name", "layer", "site", "dataset_path", "dataset_name", "seq_len", "model_batch_size",
+    "num_batches_in_buffer", "act_size", "dtype", "seed", "num_tokens", "batch_size", "device",
+}  # fmt: skip
+
+
+def test_every_field_is_documented_and_tested_here() -> None:
+    docs = field_docs()
+    assert list(docs) == FIELDS and list(CHANGED) == FIELDS
+    assert all(doc.strip() and doc == doc.strip() and doc.endswith((".", ")")) for doc in docs.values())
+    assert all(getattr(Config(), field) != value for field, value in CHANGED.items())
+
+
+@pytest.mark.parametrize("cfg", [Config(), Config(**CHANGED), Config(lr=0.1 + 0.2, l1_coeff=1e-300, seed=2**53 + 1)])
+def test_round_trip_is_exact(cfg: Config) -> None:
+    assert Config(**cfg.to_dict()) == cfg
+    again = Config(**json.loads(json.dumps(cfg.to_dict())))
+    assert again == cfg and again.name == cfg.name and again.stream == cfg.stream
+    assert [type(value) for value in again.to_dict().values()] == [type(value) for value in cfg.to_dict().values()]
+
+
+def test_it_is_frozen_and_takes_keywords_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().lr = 1.0
+    with pytest.raises(TypeError):
+        Config("gpt2")
+
+
+@pytest.mark.parametrize("sae_type", get_args(SaeType))
+@pytest.mark.parametrize("field", FIELDS)
+def test_name_differs_exactly_where_the_result_can(field: str, sae_type: str) -> None:
+    value = "topk" if (field, sae_type) == ("sae_type", "vanilla") else CHANGED[field]
+    cfg = Config(sae_type=sae_type)
+    changed = dataclasses.replace(cfg, **{field: value})
+    assert (changed.name == cfg.name) == (field in OUTPUT | UNUSED[sae_type])
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_stream_differs_exactly_where_the_activations_do(field: str) -> None:
+    changed = dataclasses.replace(Config(), **{field: CHANGED[field]})
+    assert (changed.stream == Config().stream) == (field not in STREAM)
+
+
+@pytest.mark.parametrize(
+    "model_name",
+    [
+        "gpt2",
+        "EleutherAI/pythia-70m",
+        "../../etc",
+        "..",
+        "/",
+        "/abs/olute/",
+        "~/a b",
+        "C:\\x",
+        "-rf",
+        "a\nb",
+        "x" * 999,
+    ],
+)
+def test_name_is_a_plain_file_name(model_name: str) -> None:
+    for cfg in (Config(model_name=model_name), Config(model_name=model_name, sae_type="vanilla", l1_coeff=1e-9)):
+        assert Path(cfg.name).name == cfg.name and len(cfg.name) < 150
+        assert cfg.name[0] not in ".-" and all(c.isalnum() or c in "-_." for c in cfg.name)
+        assert f"-L2-resid_pre-{cfg.sae_type}-2048-{cfg.sparsity_label}-" in cfg.name
+
+
+def test_names_of_models_that_look_alike_differ() -> None:
+    names = [Config(model_name=m).name for m in ("a/b", "a-b", "a.b", f"{'x' * 60}b", f"y{'x' * 59}b")]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("site, hook", [
+    ("resid_pre", "hook_resid_pre"), ("resid_mid", "hook_resid_mid"), ("resid_post", "hook_resid_post"),
+    ("attn_out", "hook_attn_out"), ("mlp_out", "hook_mlp_out"), ("z", "attn.hook_z"),
+])  # fmt: skip
+def test_hook_point_of_each_site(site: str, hook: str) -> None:
+    assert Config(layer=8, site=site).hook_point == f"blocks.8.{hook}"
+    assert len(SITES) == 6
+
+
+@pytest.mark.parametrize("num_tokens, batch_size, steps", [(1000, 1000, 1), (1999, 1000, 1), (2000, 1000, 2)])
+def test_steps_are_whole_batches(num_tokens: int, batch_size: int, steps: int) -> None:
+    assert Config(num_tokens=num_tokens, batch_size=batch_size).num_steps == steps
+
+
+def test_device_and_dtype_become_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Config(device="cuda:1", dtype="bfloat16").torch_device == torch.device("cuda", 1)
+    assert Config(dtype="bfloat16").torch_dtype is torch.bfloat16
+    for available, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert Config().torch_device == torch.device(device)
+
+
+def test_whole_numbers_are_taken_for_floats() -> None:
+    cfg = Config(lr=1, beta1=0)
+    assert type(cfg.lr) is float and type(cfg.beta1) is float
+    assert cfg == Config(lr=1.0, beta1=0.0) and cfg.name == Config(lr=1.0, beta1=0.0).name
+
+
+POSITIVE = [
+    "model_batch_size", "dict_size", "top_k", "bandwidth", "top_k_aux", "dead_after_tokens", "num_tokens",
+    "batch_size", "lr", "max_grad_norm", "log_freq", "perf_log_freq", "eval_windows", "act_size", "checkpoint_freq",
+]  # fmt: skip
+REFUSED = [
+    *((field, 0, "above 0") for field in POSITIVE),
+    *((field, -3, "above 0") for field in POSITIVE),
+    *((field, -1, "0 or more") for field in ("layer", "l1_coeff", "threshold_init", "aux_penalty", "seed")),
+    *((field, " ", "give a name") for field in ("model_name", "dataset_path", "wandb_project", "output_dir")),
+    *((field, None, "give int") for field in ("layer", "seq_len", "seed", "top_k")),
+    *((field, "3", "give int or None") for field in ("act_size", "checkpoint_freq")),
+    *((field, value, "between 0 and 1") for field in ("lr_warmup", "sparsity_warmup") for value in (-0.1, 1.1)),
+    *((field, value, "[0, 1)") for field in ("beta1", "beta2") for value in (-0.1, 1.0)),
+    *((field, value, "finite") for field in ("lr", "l1_coeff") for value in (float("nan"), float("inf"))),
+    *((field, True, "give int") for field in ("layer", "top_k")),
+    ("lr", "0.1", "give float"),
+    ("dict_size", 2048.0, "give int"),
+    ("input_unit_norm", 1, "give bool"),
+    ("dataset_name", 3, "give str or None"),
+    ("model_name", None, "give str"),
+    ("seed", 2**63, "less than 2**63"),
+    ("seq_len", 1, "at least 2"),
+    ("num_batches_in_buffer", 1, "at least 2"),
+    ("lr_decay", 1.1, "between 0 and 1"),
+    ("lr_decay", 0.96, "lr_warmup is 0.05"),
+    ("top_k", 2049, "at most dict_size, 2048"),
+    ("num_tokens", 2047, "batch_size 2048"),
+    ("sae_type", "batch_topk", "did you mean 'batchtopk'? give one of vanilla, topk, batchtopk, jumprelu"),
+    ("sae_type", None, "give one of vanilla"),
+    ("site", "resid_per", "did you mean 'resid_pre'? give one of resid_pre, resid_mid"),
+    ("dtype", "fp32", "give one of float32, bfloat16, float16"),
+    ("wandb_mode", "on", "give one of offline, online, disabled"),
+    *(("device", device, '"auto", "cpu"') for device in ("gpu", "cuda:", "cuda:x", "")),
+]
+
+
+@pytest.mark.parametrize("field, value, remedy", REFUSED)
+def test_bad_values_are_refused_in_one_line(field: str, value: object, remedy: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Config(**{field: value})
+    message = str(error.value)
+    shown = repr(float(value)) if isinstance(getattr(Config(), field), float) and type(value) is int else repr(value)
+    assert message.startswith(f"{field} = {shown}: ") and remedy in message and "\n" not in message
+
+
+@pytest.mark.parametrize("sae_type", ["vanilla", "jumprelu"])
+def test_top_k_is_no_matter_to_types_without_it(sae_type: str) -> None:
+    Config(sae_type=sae_type, dict_size=8, top_k=32)
+
+
+def test_tiny_sweep_is_four_types_at_three_levels_on_one_stream() -> None:
+    cfgs = SWEEPS["tiny"]()
+    assert [cfg.sae_type for cfg in cfgs] == [t for t in ("vanilla", "topk", "batchtopk", "jumprelu") for _ in range(3)]
+    assert len({cfg.name for cfg in cfgs}) == len(cfgs) and len({cfg.stream for cfg in cfgs}) == 1
+    assert len({(cfg.sae_type, cfg.sparsity_label) for cfg in cfgs}) == 12
+    assert {cfg.model_name for cfg in cfgs} == {"tiny-lm"} and {cfg.wandb_mode for cfg in cfgs} == {"offline"}
+
+
+def test_gpt2_sweep_is_the_batchtopk_paper_s_on_one_stream() -> None:
+    cfgs = SWEEPS["gpt2"]()
+    assert len({cfg.name for cfg in cfgs}) == 15 and len({cfg.stream for cfg in cfgs}) == 1
+    assert {(cfg.model_name, cfg.hook_point) for cfg in cfgs} == {("gpt2", "blocks.8.hook_resid_pre")}
+    by_type = {t: [c for c in cfgs if c.sae_type == t] for t in get_args(SaeType)}
+    sizes = {(768 * 16, 16), (768 * 16, 32), (768 * 16, 64), (768 * 4, 32), (768 * 8, 32), (768 * 32, 32)}
+    for sae_type in ("topk", "batchtopk"):
+        assert {(cfg.dict_size, cfg.top_k) for cfg in by_type[sae_type]} == sizes and len(by_type[sae_type]) == 6
+    assert len({cfg.l1_coeff for cfg in by_type["jumprelu"]}) == len(by_type["jumprelu"]) == 3
+    assert {cfg.dict_size for cfg in by_type["jumprelu"]} == {768 * 16} and not by_type["vanilla"]

@@ -1,0 +1,283 @@
+"""evaluation.py by hand, and against the Hugging Face model with forward hooks, on a two-layer model."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import GPT2LMHeadModel
+
+import evaluation
+from activation_store import check_model, load_model, record
+from config import Config
+from evaluation import cross_entropy, evaluate, explained_variance, l0_l1, training_metrics
+from sae import SAE_TYPES, BaseAutoencoder, SAEOutput, build_sae
+from sparse import SparseLatents
+
+EOS = 0
+MEAN = torch.linspace(-1, 2, 16)
+
+
+@pytest.fixture(scope="module")
+def cfg(tiny_gpt2: Path) -> Config:
+    return check_model(Config(model_name=str(tiny_gpt2), layer=1, dict_size=64, top_k=4, seq_len=24, device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def model(cfg: Config) -> TransformerBridge:
+    return load_model(cfg)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tiny_gpt2: Path) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel.from_pretrained(tiny_gpt2).eval()
+
+
+@pytest.fixture(scope="module")
+def tokens(model: TransformerBridge) -> Tensor:
+    """Six windows: BOS, text, and in two of them EOS, once and many times."""
+    text = " ".join(["The grey owl hoots in the attic at 7, and the red fox sneaks back."] * 12)
+    ids = torch.tensor(model.tokenizer(text)["input_ids"][: 6 * 23]).view(6, 23)
+    tokens = torch.cat([torch.full((6, 1), EOS), ids], dim=1)
+    tokens[1, 10] = EOS
+    tokens[4, 5:17] = EOS
+    return tokens
+
+
+class Stand(BaseAutoencoder):
+    """Stands in for an SAE: reconstructs x as given(x), and keeps what it was given."""
+
+    def __init__(self, cfg: Config, given: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(cfg)
+        self.given, self.seen = given, []
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        self.seen.append(x)
+        z_hat = self.given(x)
+        return SAEOutput(z_hat, torch.zeros(len(x), self.cfg.dict_size), {"mse": (z_hat - x).pow(2).mean()})
+
+
+def some_sae(cfg: Config, model: TransformerBridge, tokens: Tensor) -> BaseAutoencoder:
+    sae = build_sae(cfg)
+    sae.initialise_from(record(model, tokens, cfg.hook_point).flatten(0, 1))
+    if cfg.sae_type == "batchtopk":
+        sae.threshold.fill_(0.5)
+    sae.tokens_since_fired[::4] = cfg.dead_after_tokens
+    return sae
+
+
+# ---- pure functions, by hand ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_explained_variance_is_about_the_mean(dtype: torch.dtype) -> None:
+    """Means 2 and 4, squared deviations 1 + 4 + 1 + 4 = 10, squared errors 2 (about zero it would be 1 - 2 / 50)."""
+    x = torch.tensor([[1, 2], [3, 6]], dtype=dtype)
+    assert_close(explained_variance(x, torch.tensor([[1.0, 1.0], [3.0, 5.0]])), torch.tensor(0.8))
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_l0_and_l1_are_per_row_and_of_latents_that_fire(sparse: bool) -> None:
+    """Rows fire 2, 0, 1 and 1 latents, 8 in sum; a latent that was kept at 0 does not fire."""
+    dense = torch.tensor([[1.0, 0, 2.5], [0, 0, 0], [0, 4.0, 0], [0.5, 0, 0]])
+    acts = SparseLatents.from_dense(dense) if sparse else dense
+    if sparse:
+        acts.values[-1] = 0.0
+    l0, l1 = l0_l1(SAEOutput(torch.zeros(2, 2, 5), acts, {}))
+    assert (l0.item(), l1.item()) == ((0.75, 1.875) if sparse else (1.0, 2.0))
+
+
+def test_cross_entropy_is_the_mean_over_the_counted_predictions() -> None:
+    """Tokens 0 1 1: after position 0, p(1) = 1/4; after position 1, p(1) = 1/2; after the last, nothing is known."""
+    probabilities = torch.tensor([[[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]]])
+    tokens = torch.tensor([[0, 1, 1]])
+    for counted, expected in [
+        ([True, True, True], (math.log(4) + math.log(2)) / 2),
+        ([False, True, True], math.log(2)),
+        ([True, False, False], math.log(4)),
+    ]:
+        found = cross_entropy(probabilities.log(), tokens, torch.tensor([counted]))
+        assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("sae_type", list(SAE_TYPES))
+def test_training_metrics_hold_every_loss_term(cfg: Config, sae_type: str) -> None:
+    sae = build_sae(Config(sae_type=sae_type, act_size=16, dict_size=64, top_k=4, l1_coeff=0.1, device="cpu"))
+    sae.tokens_since_fired[:16] = sae.cfg.dead_after_tokens
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)) + 1
+    out = sae(x)
+    metrics = training_metrics(sae, x, out)
+    assert metrics.keys() == {
+        *(f"train/{name}" for name in ("loss", "l0", "l1", "explained_variance", "dead_share")),
+        *(f"train/{name}_loss" for name in out.losses),
+    }
+    assert metrics["train/loss"] == pytest.approx(sum(metrics[f"train/{name}_loss"] for name in out.losses), rel=1e-6)
+    assert metrics["train/dead_share"] == sae.dead.double().mean().item()
+    dense = out.latents.to_dense()
+    assert metrics["train/l0"] == pytest.approx((dense > 0).sum().item() / 32)
+    assert metrics["train/l1"] == pytest.approx(dense.sum().item() / 32, rel=1e-5)
+
+
+# ---- splicing ----
+
+
+def test_splicing_the_identity_changes_nothing(cfg: Config, model: TransformerBridge, tokens: Tensor) -> None:
+    (m,) = evaluate(model, [Stand(cfg, lambda x: x)], tokens, MEAN)
+    assert (m["ce"], m["kl"], m["ce_degradation"]) == (m["ce_clean"], 0, 0)
+    assert (m["ce_recovered"], m["ce_recovered_mean"], m["explained_variance"], m["mse"]) == (1, 1, 1, 0)
+
+
+def test_splicing_zeros_or_the_mean_recovers_nothing(cfg: Config, model: TransformerBridge, tokens: Tensor) -> None:
+    zeros, mean = Stand(cfg, torch.zeros_like), Stand(cfg, lambda x: MEAN.expand_as(x))
+    for m, ablation in zip(evaluate(model, [zeros, mean], tokens, MEAN), ("zero", "mean")):
+        assert m["ce"] == m[f"ce_{ablation}"] > m["ce_clean"] + 0.1
+        assert m["ce_recovered" if ablation == "zero" else "ce_recovered_mean"] == 0
+        assert m["ce_degradation"] == pytest.approx(m["ce"] - m["ce_clean"], rel=1e-5)
+        assert m["kl"] > 0.01
+
+
+def test_a_worse_sae_degrades_more(cfg: Config, model: TransformerBridge, tokens: Tensor) -> None:
+    noise = torch.randn(len(tokens) * 24, 16, generator=torch.Generator().manual_seed(0))
+    saes = [Stand(cfg, lambda x, s=scale: x + s * noise[: len(x)]) for scale in (0.3, 1.0, 3.0)]
+    results = evaluate(model, saes, tokens, MEAN)
+    for better, worse in pairwise(results):
+        assert 0 < better["ce_degradation"] < worse["ce_degradation"] and 0 < better["kl"] < worse["kl"]
+        assert 1 > better["ce_recovered"] > worse["ce_recovered"]
+        assert 1 > better["explained_variance"] > worse["explained_variance"]
+
+
+def test_an_sae_is_given_every_ordinary_position_once_and_no_other(
+    cfg: Config, model: TransformerBridge, tokens: Tensor
+) -> None:
+    sae = Stand(cfg, lambda x: x)
+    evaluate(model, [sae], tokens, MEAN)
+    acts = record(model, tokens, cfg.hook_point)
+    assert_close(torch.cat(sae.seen), acts[tokens != EOS])
+
+
+# ---- against Hugging Face ----
+
+
+def places(hf: GPT2LMHeadModel, cfg: Config) -> torch.nn.Module:
+    """The module whose input (resid_pre, z) or output (the others) is the site."""
+    block = hf.transformer.h[cfg.layer]
+    return {"resid_pre": block, "z": block.attn.c_proj, "mlp_out": block.mlp, "attn_out": block.attn.c_proj}[cfg.site]
+
+
+@torch.no_grad()
+def run_hf(
+    hf: GPT2LMHeadModel, cfg: Config, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, and the activations as they were; `replace` maps those at ordinary positions."""
+    kept = []
+
+    def spliced(acts: Tensor) -> Tensor:
+        kept.append(acts.clone())
+        if replace is None:
+            return acts
+        acts = acts.clone()
+        for window, position in (tokens != EOS).nonzero().tolist():
+            acts[window, position] = replace(acts[window, position])
+        return acts
+
+    module = places(hf, cfg)
+    if cfg.site in ("resid_pre", "z"):
+        handle = module.register_forward_pre_hook(lambda _, args: (spliced(args[0]), *args[1:]))
+    else:
+        handle = module.register_forward_hook(lambda _, args, out: spliced(out))
+    logits = hf(tokens).logits.double()
+    handle.remove()
+    return logits.log_softmax(dim=-1), kept[0]
+
+
+@torch.no_grad()
+def direct(hf: GPT2LMHeadModel, sae: BaseAutoencoder, tokens: Tensor) -> dict[str, float]:
+    """Every metric of `evaluate`, position by position."""
+    sae = sae.eval()
+    clean, acts = run_hf(hf, sae.cfg, tokens)
+    here = [(w, p) for w, p in (tokens != EOS).nonzero().tolist() if p + 1 < tokens.shape[1]]
+
+    def ce(log_p: Tensor) -> float:
+        return -sum(log_p[w, p, tokens[w, p + 1]].item() for w, p in here) / len(here)
+
+    spliced = run_hf(hf, sae.cfg, tokens, lambda x: sae(x).sae_out)[0]
+    x = acts[tokens != EOS]
+    out, latents = sae(x), sae.encode(x)
+    z, z_hat = sae.normalise(x).z.double(), sae.decode(latents).double()
+    kl = sum((clean[w, p].exp() * (clean[w, p] - spliced[w, p])).sum().item() for w, p in here) / len(here)
+    m = {
+        "l0": (latents > 0).sum().item() / len(x),
+        "l1": latents.sum().item() / len(x),
+        "mse": ((z - z_hat) ** 2).mean().item(),
+        "explained_variance": 1 - (F.mse_loss(out.sae_out, x) / x.var(dim=0, unbiased=False).mean()).item(),
+        "ce_clean": ce(clean),
+        "ce": ce(spliced),
+        "ce_zero": ce(run_hf(hf, sae.cfg, tokens, torch.zeros_like)[0]),
+        "ce_mean": ce(run_hf(hf, sae.cfg, tokens, lambda x: MEAN[: len(x)])[0]),
+        "kl": kl,
+        "dead_share": 0.25,
+    }
+    return m | {
+        "ce_degradation": m["ce"] - m["ce_clean"],
+        "ce_recovered": (m["ce_zero"] - m["ce"]) / (m["ce_zero"] - m["ce_clean"]),
+        "ce_recovered_mean": (m["ce_mean"] - m["ce"]) / (m["ce_mean"] - m["ce_clean"]),
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"sae_type": sae_type} for sae_type in SAE_TYPES),
+        {"input_unit_norm": False},
+        {"site": "z"},
+        {"site": "z", "layer": 0},
+        {"site": "mlp_out", "layer": 0},
+        {"site": "attn_out"},
+        {"layer": 0},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_every_metric_agrees_with_the_hugging_face_model(
+    cfg: Config, model: TransformerBridge, hugging_face: GPT2LMHeadModel, tokens: Tensor, changes: dict
+) -> None:
+    sae = some_sae(Config(**cfg.to_dict() | {"threshold_init": 0.1} | changes), model, tokens)
+    (found,) = evaluate(model, [sae], tokens, MEAN)
+    expected = direct(hugging_face, sae, tokens)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
+
+
+# ---- what evaluation must not do ----
+
+
+def test_results_do_not_depend_on_how_windows_are_batched(
+    monkeypatch: pytest.MonkeyPatch, cfg: Config, model: TransformerBridge, tokens: Tensor
+) -> None:
+    saes = [some_sae(Config(**cfg.to_dict() | {"sae_type": sae_type}), model, tokens) for sae_type in SAE_TYPES]
+    together = evaluate(model, saes, tokens, MEAN)
+    vocab = model.cfg.d_vocab
+    for windows in (1, 4):
+        monkeypatch.setattr(evaluation, "MAX_LOGITS", windows * 24 * vocab)
+        for found, expected in zip(evaluate(model, saes, tokens, MEAN), together):
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_evaluation_changes_no_sae_and_keeps_its_mode(cfg: Config, model: TransformerBridge, tokens: Tensor) -> None:
+    saes = [
+        some_sae(Config(**cfg.to_dict() | {"sae_type": sae_type}), model, tokens).train(mode)
+        for sae_type in SAE_TYPES
+        for mode in (True, False)
+    ]
+    before = [{name: value.clone() for name, value in sae.state_dict().items()} for sae in saes]
+    evaluate(model, saes, tokens, MEAN)
+    assert [sae.training for sae in saes] == [True, False] * len(SAE_TYPES)
+    for sae, state in zip(saes, before):
+        assert all(torch.equal(value, state[name]) for name, value in sae.state_dict().items())
+        assert all(p.grad is None for p in sae.parameters())

@@ -1,0 +1,349 @@
+"""logs.py: checkpoints that come back bit for bit and that others can read, metrics on disk, W&B without a network."""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from wandb.proto.wandb_internal_pb2 import Record
+
+import logs
+from config import Config
+from logs import RunLog, load_checkpoint, save_checkpoint
+from sae import SAE_TYPES, BaseAutoencoder, build_sae
+from training import Trainer
+
+D, F = 6, 20
+FILES = {"cfg.json", "sae_weights.safetensors", "counters.safetensors"}
+
+all_types = pytest.mark.parametrize("sae_type", list(SAE_TYPES))
+normalised = pytest.mark.parametrize("input_unit_norm", [True, False], ids=["normalised", "raw"])
+
+
+def config(sae_type: str = "topk", **changes: object) -> Config:
+    small = dict(
+        act_size=D, dict_size=F, top_k=3, l1_coeff=0.01, bandwidth=0.3, threshold_init=0.2, batch_size=32,
+        num_tokens=320, lr=0.02, dead_after_tokens=64, layer=1, seq_len=16, device="cpu",
+    )  # fmt: skip
+    return Config(sae_type=sae_type, **(small | changes))
+
+
+def rows(seed: int = 0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(32, D, generator=rng) * torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5, 0.1]) + 0.7
+
+
+def trained_sae(sae_type: str, **changes: object) -> BaseAutoencoder:
+    """After ten steps: no parameter or buffer is what it was at the start."""
+    sae = build_sae(config(sae_type, **changes))
+    sae.initialise_from(rows())
+    trainer = Trainer(sae.train())
+    for step in range(10):
+        trainer.step(rows(step), step)
+    sae.tokens_since_fired += torch.arange(F)  # as if some had been silent for long
+    return sae
+
+
+def assert_same(loaded: BaseAutoencoder, sae: BaseAutoencoder) -> None:
+    assert type(loaded) is type(sae) and loaded.cfg == sae.cfg and not loaded.training
+    found, expected = loaded.state_dict(), sae.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert found[name].stride() == value.stride(), name
+
+
+def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    return json.loads((path / "cfg.json").read_text()), load_file(path / "sae_weights.safetensors")
+
+
+# ---- checkpoints ----
+
+
+@normalised
+@all_types
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path, sae_type: str, input_unit_norm: bool) -> None:
+    sae = trained_sae(sae_type, input_unit_norm=input_unit_norm, seed=5)
+    assert sae_type != "batchtopk" or sae.threshold > 0
+    save_checkpoint(sae, tmp_path / "a" / "step-000010")
+    loaded = load_checkpoint(str(tmp_path / "a" / "step-000010"))
+    assert_same(loaded, sae)
+    x = rows(99)
+    out, expected = loaded(x), sae.eval()(x)
+    assert torch.equal(out.sae_out, expected.sae_out) and torch.equal(loaded.encode(x), sae.encode(x))
+    assert torch.equal(out.latents.to_dense(), expected.latents.to_dense())
+
+
+def test_a_float64_sae_is_not_rounded(tmp_path: Path) -> None:
+    sae = trained_sae("jumprelu").double()
+    with torch.no_grad():
+        for p in sae.parameters():
+            p += 1e-12
+    save_checkpoint(sae, tmp_path / "c")
+    assert_same(load_checkpoint(tmp_path / "c"), sae)
+    assert read(tmp_path / "c")[0]["dtype"] == "float64"
+
+
+@pytest.mark.parametrize("site, reshape", [("resid_pre", "none"), ("z", "hook_z")])
+@normalised
+@all_types
+def test_files_are_strictly_the_ecosystems(
+    tmp_path: Path, sae_type: str, input_unit_norm: bool, site: str, reshape: str
+) -> None:
+    sae = trained_sae(sae_type, input_unit_norm=input_unit_norm, model_name="gpt2", site=site)
+    save_checkpoint(sae, tmp_path / "c")
+    assert set(os.listdir(tmp_path / "c")) == FILES
+    cfg, tensors = read(tmp_path / "c")
+
+    architecture = {"vanilla": "standard", "topk": "topk"}.get(sae_type, "jumprelu")
+    shapes = {"W_enc": [D, F], "b_enc": [F], "W_dec": [F, D], "b_dec": [D]}
+    if architecture == "jumprelu":
+        shapes["threshold"] = [F]
+    assert {name: list(t.shape) for name, t in tensors.items()} == shapes
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    if sae_type == "batchtopk":
+        assert (tensors["threshold"] == sae.threshold).all()
+    assert_close(tensors["W_dec"].norm(dim=1), torch.ones(F))
+
+    assert cfg.pop("nn_decompositions") == sae.cfg.to_dict()
+    metadata = cfg.pop("metadata")
+    assert int(metadata["sae_lens_version"].split(".")[0]) >= 6
+    assert metadata.items() >= {
+        "model_name": "gpt2", "hook_name": sae.cfg.hook_point, "context_size": 16, "prepend_bos": True,
+        "seqpos_slice": [None], "training_architecture": sae_type,
+    }.items()  # fmt: skip
+    expected = {
+        "architecture": architecture, "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": True, "normalize_activations": "layer_norm" if input_unit_norm else "none",
+        "reshape_activations": reshape,
+    }  # fmt: skip
+    if architecture == "topk":
+        expected |= {"k": 3, "rescale_acts_by_decoder_norm": False}
+    assert cfg == expected
+
+
+def foreign_output(path: Path, x: Tensor) -> Tensor:
+    """What a library that knows the format and not our code computes from the two files."""
+    cfg, w = read(path)
+    if cfg["normalize_activations"] == "layer_norm":
+        mean, std = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
+        x = (x - mean) / (std + 1e-5)
+    else:
+        mean, std = 0.0, 1.0
+    pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    if cfg["architecture"] == "standard":
+        acts = pre.relu()
+    elif cfg["architecture"] == "topk":
+        top = pre.topk(cfg["k"])
+        acts = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+    else:
+        acts = pre.relu() * (pre > w["threshold"])
+    return (acts @ w["W_dec"] + w["b_dec"]) * std + mean
+
+
+@normalised
+@all_types
+def test_another_reader_of_the_format_gets_our_output(tmp_path: Path, sae_type: str, input_unit_norm: bool) -> None:
+    sae = trained_sae(sae_type, input_unit_norm=input_unit_norm)
+    save_checkpoint(sae, tmp_path / "c")
+    x = rows(99)
+    assert_close(foreign_output(tmp_path / "c", x), sae.eval()(x).sae_out.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_saving_again_replaces_the_whole_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(trained_sae("jumprelu"), tmp_path / "c")
+    sae = trained_sae("topk", seed=2)
+    save_checkpoint(sae, tmp_path / "c")
+    assert_same(load_checkpoint(tmp_path / "c"), sae)
+    assert os.listdir(tmp_path) == ["c"] and set(os.listdir(tmp_path / "c")) == FILES
+
+
+@pytest.mark.parametrize("crashing_file", [1, 2])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_crash_while_writing_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool, crashing_file: int
+) -> None:
+    old, new, written = trained_sae("topk"), trained_sae("topk", seed=1), []
+    if existing:
+        save_checkpoint(old, tmp_path / "c")
+
+    def full_disk(tensors: dict[str, Tensor], path: Path) -> None:
+        written.append(path)
+        save_file(tensors, path)
+        if len(written) == crashing_file:
+            path.write_bytes(path.read_bytes()[:20])
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logs, "save_file", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(new, tmp_path / "c")
+    assert os.listdir(tmp_path) == (["c"] if existing else [])
+    if existing:
+        assert_same(load_checkpoint(tmp_path / "c"), old)
+    save_checkpoint(new, tmp_path / "c")
+    assert_same(load_checkpoint(tmp_path / "c"), new)
+
+
+def test_a_folder_that_holds_other_things_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.tex").write_text("chapter 1")
+    with pytest.raises(ValueError, match=r"c: not replaced.*thesis\.tex"):
+        save_checkpoint(trained_sae("topk"), tmp_path / "c")
+    assert os.listdir(tmp_path) == ["c"] and (tmp_path / "c" / "thesis.tex").read_text() == "chapter 1"
+
+
+def tensors(path: Path, change: Callable[[dict[str, Tensor]], object], file: str = "sae_weights.safetensors") -> None:
+    loaded = load_file(path / file)
+    change(loaded)
+    save_file(loaded, path / file)
+
+
+def fields(path: Path, **changes: object) -> None:
+    cfg = json.loads((path / "cfg.json").read_text())
+    (path / "cfg.json").write_text(json.dumps(cfg | {"nn_decompositions": cfg["nn_decompositions"] | changes}))
+
+
+def truncate(path: Path, size: int) -> None:
+    file = path / "sae_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    "damage, file, named",
+    [
+        (lambda p: p.rename(p.with_name("moved")), "cfg.json", "no such file"),
+        (lambda p: (p / "cfg.json").unlink(), "cfg.json", "no such file"),
+        (lambda p: (p / "cfg.json").write_text('{"architecture": '), "cfg.json", "not JSON"),
+        (lambda p: (p / "cfg.json").write_bytes(b"\xff\xfe{}"), "cfg.json", "not JSON"),
+        (lambda p: (p / "cfg.json").write_text("[1, 2]"), "cfg.json", "not written by this library"),
+        (lambda p: (p / "cfg.json").write_text('{"architecture": "topk"}'), "cfg.json", "not written by this library"),
+        (lambda p: fields(p, colour="red"), "cfg.json", "colour"),
+        (lambda p: fields(p, top_k=F + 1), "cfg.json", f"top_k = {F + 1}"),
+        (lambda p: fields(p, top_k="3"), "cfg.json", "top_k = '3'"),
+        (lambda p: fields(p, dict_size=F + 1), "sae_weights.safetensors", f"cfg.json says [{F + 1}, {D}]"),
+        (lambda p: (p / "sae_weights.safetensors").unlink(), "sae_weights.safetensors", "incomplete"),
+        (lambda p: (p / "counters.safetensors").unlink(), "counters.safetensors", "incomplete"),
+        (lambda p: truncate(p, -1), "sae_weights.safetensors", "not readable"),
+        (lambda p: truncate(p, 30), "sae_weights.safetensors", "not readable"),
+        (lambda p: truncate(p, 0), "sae_weights.safetensors", "not readable"),
+        (lambda p: tensors(p, lambda t: t.pop("b_enc")), "sae_weights.safetensors", "b_enc"),
+        (lambda p: tensors(p, lambda t: t.update(extra=torch.ones(1))), "sae_weights.safetensors", "extra"),
+        (lambda p: tensors(p, lambda t: t.update(b_dec=torch.ones(D, 1))), "sae_weights.safetensors", "b_dec"),
+        (lambda p: tensors(p, lambda t: t["threshold"].add_(torch.arange(F))), "sae_weights.safetensors", "threshold"),
+        (lambda p: tensors(p, lambda t: t.clear(), "counters.safetensors"), "counters.safetensors", "input_scale"),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_named_in_one_line(
+    tmp_path: Path, damage: Callable[[Path], object], file: str, named: str
+) -> None:
+    save_checkpoint(trained_sae("batchtopk"), tmp_path / "c")
+    damage(tmp_path / "c")
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(tmp_path / "c")
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'c' / file}: ") and named in message and "\n" not in message
+
+
+# ---- a run's output ----
+
+
+def two_configs(**changes: object) -> list[Config]:
+    return [config("topk", **changes), config("jumprelu", **changes)]
+
+
+def log_something(log: RunLog) -> None:
+    log.log(0, 2, 64, {"train/loss": 0.5, "train/l0": 3.0})
+    log.log(1, 2, 64, {"train/loss": 0.25})
+    log.log(0, 4, 128, {"train/loss": 0.125})
+    log.log(0, 4, 128, {"eval/ce": 1.5})
+
+
+def test_metrics_config_and_checkpoints_lie_in_the_folder_of_their_sae(tmp_path: Path) -> None:
+    cfgs = two_configs(wandb_mode="disabled")
+    log = RunLog(tmp_path / "sweep", cfgs)
+    log_something(log)
+    sae = trained_sae("jumprelu", wandb_mode="disabled")
+    path = log.checkpoint(sae, 4)
+    log.close()
+    assert path == tmp_path / "sweep" / cfgs[1].name / "step-000004"
+    assert_same(load_checkpoint(path), sae)
+    first, second = (tmp_path / "sweep" / cfg.name for cfg in cfgs)
+    assert [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 2, "tokens": 64, "train/loss": 0.5, "train/l0": 3.0},
+        {"step": 4, "tokens": 128, "train/loss": 0.125},
+        {"step": 4, "tokens": 128, "eval/ce": 1.5},
+    ]
+    assert (second / "metrics.jsonl").read_text() == '{"step": 2, "tokens": 64, "train/loss": 0.25}\n'
+    assert [Config(**json.loads((f / "config.json").read_text())) for f in (first, second)] == cfgs
+    assert set(os.listdir(tmp_path / "sweep")) == {cfg.name for cfg in cfgs}, "disabled writes nothing for W&B"
+
+
+@pytest.fixture
+def visitors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A server that W&B takes for its own and for its proxy, on a machine without a key. It accepts later, if ever."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        for name in ("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, address)
+        for name in ("WANDB_API_KEY", "WANDB_MODE", "NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+        wandb.teardown()  # its service reads the environment when it starts
+        yield server
+        wandb.teardown()
+
+
+def records(file: Path) -> Iterator[Record]:
+    """A .wandb file is a LevelDB log: blocks of 32768 bytes of fragments, each checksum [4], length [2], type [1]."""
+    data, position, whole = file.read_bytes(), 7, b""
+    while position < len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a record in one fragment, or its last one
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def test_wandb_offline_is_one_run_per_sae_grouped_by_sweep_without_a_network(
+    tmp_path: Path, visitors: socket.socket, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cfgs = two_configs(wandb_project="features")
+    log = RunLog(tmp_path / "sweep-7", cfgs)
+    log_something(log)
+    log.close()
+    wandb.teardown()  # the service writes its last records after a run's end
+    with pytest.raises(BlockingIOError):
+        visitors.accept()
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+
+    history: dict[str, list[dict]] = {}
+    for file in sorted((tmp_path / "sweep-7" / "wandb").glob("offline-run-*/*.wandb")):
+        found = list(records(file))
+        (run,) = (r.run for r in found if r.WhichOneof("record_type") == "run")
+        assert (run.project, run.run_group) == ("features", "sweep-7")
+        (cfg,) = (cfg for cfg in cfgs if cfg.name == run.display_name)
+        saved = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert saved.items() >= cfg.to_dict().items()
+        rows = [r.history.item for r in found if r.WhichOneof("record_type") == "history"]
+        history[cfg.sae_type] = [{i.nested_key[0]: json.loads(i.value_json) for i in items} for items in rows]
+    first = [{"_step": 2, "tokens": 64, "train/loss": 0.5, "train/l0": 3.0},
+             {"_step": 4, "tokens": 128, "train/loss": 0.125, "eval/ce": 1.5}]  # fmt: skip
+    second = [{"_step": 2, "tokens": 64, "train/loss": 0.25}]
+    assert history.keys() == {"topk", "jumprelu"}
+    for sae_type, expected in (("topk", first), ("jumprelu", second)):
+        assert len(history[sae_type]) == len(expected)
+        assert all(row.items() >= wanted.items() for row, wanted in zip(history[sae_type], expected))

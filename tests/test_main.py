@@ -1,0 +1,213 @@
+"""main.py: a miniature sweep from the command line to the plot, the options, and bad input refused in one line."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import tyro
+
+import activation_store
+import main
+from activation_store import ActivationsStore, load_model
+from config import SWEEPS, Config, field_docs, tiny_sweep
+from evaluation import evaluate
+from logs import load_checkpoint
+from results import format_table, load_results
+from sae import SAE_TYPES
+
+SMALL = [
+    "--model-name=tiny-gpt2", "--dataset-path=animals.txt", "--layer=1", "--seq-len=32", "--model-batch-size=8",
+    "--num-batches-in-buffer=4", "--batch-size=64", "--num-tokens=3840", "--dict-size=64", "--top_k=4",
+    "--l1-coeff=0.01", "--lr=0.01", "--eval-windows=8", "--log-freq=20", "--perf-log-freq=40", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path: Path, tiny_gpt2: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder in which only a model and a text lie."""
+    (tmp_path / "tiny-gpt2").symlink_to(tiny_gpt2)
+    (tmp_path / "animals.txt").symlink_to(tiny_text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
+
+
+def parse(*args: str) -> list[Config]:
+    options = tyro.cli(main.Options, args=args)
+    return main.override(SWEEPS[options.sweep](), options)
+
+
+# ---- from the command line to the plot ----
+
+
+def test_a_miniature_sweep_end_to_end(here: Path) -> None:
+    done = subprocess.run([sys.executable, main.__file__, *SMALL], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(os.listdir(here)) == {"tiny-gpt2", "animals.txt", "runs"}
+    (folder,) = Path("runs").iterdir()
+
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "4 SAEs on tiny-gpt2 blocks.1.hook_resid_pre, 3,840 activations"
+    df = load_results(folder)
+    assert list(df["sae_type"]) == list(SAE_TYPES) and list(df["step"]) == [60] * 4
+    assert (df["explained_variance"] > 0.5).all() and (df["ce_recovered"] > 0.8).all()
+    assert f"\n\n{format_table(df)}\n\n" in done.stdout
+    for file in ("results.csv", "pareto.png", "pareto.pdf"):
+        assert str(folder / file) in done.stdout and (folder / file).stat().st_size > 1000
+    assert f"{folder}/<name>/step-*  (4)" in done.stdout and f"wandb sync {folder}/wandb/offline-run-*" in done.stdout
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 4
+    with (folder / "results.csv").open() as file:
+        assert [float(row["l0"]) for row in csv.DictReader(file)] == pytest.approx(list(df["l0"]))
+
+    saes = [load_checkpoint(checkpoint) for checkpoint in df["checkpoint"]]
+    assert [type(sae) for sae in saes] == list(SAE_TYPES.values())
+    store = ActivationsStore(load_model(saes[0].cfg), saes[0].cfg)
+    store.next_batch()
+    for sae, row, found in zip(saes, df.itertuples(), evaluate(store.model, saes, store.held_out_tokens(), store.mean)):
+        assert sae.cfg.name == row.name and sae.cfg.act_size == 16
+        for metric in ("l0", "mse", "explained_variance", "ce", "ce_clean", "kl", "dead_share"):
+            assert found[metric] == pytest.approx(getattr(row, metric), rel=1e-4), metric
+        logged = [json.loads(l) for l in (folder / row.name / "metrics.jsonl").read_text().splitlines()]
+        assert [l["step"] for l in logged if "train/loss" in l] == [20, 40, 60]
+        assert [l["step"] for l in logged if "eval/ce" in l] == [40, 60]
+
+
+def test_saes_of_different_streams_share_a_table_but_no_pass(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--num-tokens=640", "--seed", "0", "1", "--sae-type", "topk", "batchtopk", "--wandb-mode=disabled"]
+    monkeypatch.setattr(sys, "argv", ["main.py", *SMALL, *more, "--output-dir=elsewhere"])
+    main.main()
+    out, err = capsys.readouterr()
+    assert out.count("2 SAEs on tiny-gpt2 blocks.1.hook_resid_pre, 640 activations\n") == 2 and err == ""
+    assert "W&B" not in out
+    (folder,) = Path("elsewhere").iterdir()
+    df = load_results(folder)
+    assert sorted(zip(df["sae_type"], df["seed"])) == [(t, s) for t in ("batchtopk", "topk") for s in (0, 1)]
+    assert not (folder / "wandb").exists()
+
+
+# ---- options ----
+
+
+def test_without_options_a_sweep_is_as_it_is_written() -> None:
+    assert parse() == parse("tiny") == tiny_sweep()
+    assert parse("gpt2") == SWEEPS["gpt2"]()
+
+
+def test_values_are_swept_and_what_they_do_not_change_is_trained_once() -> None:
+    cfgs = parse("--top-k", "2", "4")
+    for sae_type, settings in {"topk": [2, 4], "batchtopk": [2, 4]}.items():
+        assert [cfg.top_k for cfg in cfgs if cfg.sae_type == sae_type] == settings
+    for sae_type in ("vanilla", "jumprelu"):
+        written = [cfg.l1_coeff for cfg in tiny_sweep() if cfg.sae_type == sae_type]
+        assert [cfg.l1_coeff for cfg in cfgs if cfg.sae_type == sae_type] == written
+    assert len({cfg.name for cfg in cfgs}) == len(cfgs)
+
+
+def test_two_swept_fields_are_combined() -> None:
+    cfgs = parse("--sae-type", "topk", "--top-k", "2", "4", "--seed", "0", "1", "--lr", "0.001")
+    assert [(c.sae_type, c.top_k, c.seed, c.lr) for c in cfgs] == [
+        ("topk", k, s, 0.001) for k in (2, 4) for s in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("spelling", [["--top-k", "4"], ["--top_k", "4"], ["--top-k=4"], ["--top_k=4"]])
+def test_every_spelling_means_the_same(spelling: list[str]) -> None:
+    assert parse(*spelling) == parse("--top-k", "4") != parse()
+
+
+def test_options_of_every_kind_reach_the_configs() -> None:
+    given = dict(
+        model_name="m", site="z", act_size=5, dtype="bfloat16", l1_coeff=0.0, input_unit_norm=False, seed=0,
+        checkpoint_freq=None, wandb_mode="online", dataset_name="en",
+    )  # fmt: skip
+    cfgs = parse("gpt2", *(f"--{field}={value}" for field, value in given.items()))
+    expected = [replace(cfg, **given) for cfg in SWEEPS["gpt2"]()]
+    assert cfgs == list({cfg.name: cfg for cfg in expected}.values())
+
+
+def test_help_explains_every_field_within_80_columns(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 0
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, out.splitlines())) <= 80
+    text = re.sub(r"[\s│]+", " ", out)
+    for field in fields(Config):
+        description = " ".join(field_docs()[field.name].split())
+        assert f"--{field.name.replace('_', '-')} " in text and description in text, field.name
+    for name in (*SWEEPS, "vanilla,topk,batchtopk,jumprelu", "offline,online,disabled"):
+        assert name in text
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["tinny"], "sweep = 'tinny': give one of tiny, gpt2"),
+        (["--sae-type=top-k"], "sae_type = 'top-k': did you mean 'topk'? give one of vanilla, topk,"),
+        (["--site=resid_pro"], "site = 'resid_pro': did you mean 'resid_pre'? give one of resid_pre,"),
+        (["--wandb-mode=of"], "wandb_mode = 'of': "),
+        (["--top-k", "4", "65"], "top_k = 65: give at most dict_size, 64"),
+        (["--batch-size=0"], "batch_size = 0: give a number above 0"),
+        (["--dict-size=-3"], "dict_size = -3: give a number above 0"),
+        (["--num-tokens=63"], "num_tokens = 63: give at least one batch, batch_size 64"),
+        (["--layer=2"], "layer = 2: tiny-gpt2 has 2 blocks; give 0 to 1"),
+        (["--seq-len=65"], "seq_len = 65: tiny-gpt2 reads at most 64 tokens"),
+        (["--act-size=17"], "act_size = 17: "),
+        (["--model-name=no-such-model"], "model_name = 'no-such-model': "),
+        (["--dataset-path", "animals.txt", "no.txt"], "dataset_path 'no.txt': no such file"),
+        (["--dataset-path=no-text.jsonl"], "dataset_path 'no-text.jsonl': no column of text or tokens among colour"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_one_line_before_a_model_is_loaded(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    (here / "no-text.jsonl").write_text('{"colour": "red"}\n{"colour": "blue"}\n')
+    before = set(os.listdir(here))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(activation_store, "load_model", lambda cfg: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sys, "argv", ["main.py", *args] if args == ["tinny"] else ["main.py", *SMALL, *args])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith(f"main.py: {message}") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert set(os.listdir(here)) == before
+
+
+def test_a_mistake_is_answered_without_a_traceback_and_before_the_slow_imports(here: Path) -> None:
+    code = (
+        "import sys, runpy; sys.argv = ['main.py', '--top-k=5000']\n"
+        f"try: runpy.run_path({main.__file__!r}, run_name='__main__')\n"
+        "finally: print(sorted({'transformers', 'transformer_lens', 'datasets', 'wandb'} & set(sys.modules)))"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(main.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr == "main.py: top_k = 5000: give at most dict_size, 2048\n"
+
+
+@pytest.mark.parametrize("args", [["--top-k=many"], ["--colour=red"]])
+def test_options_that_do_not_parse_exit_with_2(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py", *args])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 2 and args[0].split("=")[0] in capsys.readouterr().err
