@@ -5,6 +5,7 @@ The store streams: it holds one buffer of activations, refills the half that has
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +22,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 import text
 from config import SITES, Config
 
+MIXED_TOKENS = 1 << 19  # tokens of windows that wait to be mixed
 TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 
 
@@ -194,7 +196,8 @@ def _windows(
 def _training_token_batches(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Int[Tensor, "window pos"]]:
     epoch = 0
     while True:
-        windows = _windows(cfg, tokenizer, held_out=False, epoch=epoch)
+        rng = random.Random(f"{cfg.seed} {epoch}")
+        windows = _mixed(_windows(cfg, tokenizer, held_out=False, epoch=epoch), MIXED_TOKENS // cfg.seq_len, rng)
         count = 0
         while batch := list(islice(windows, cfg.model_batch_size)):
             count += len(batch)
@@ -205,6 +208,19 @@ def _training_token_batches(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> 
             tokens = count * cfg.seq_len
             tqdm.write(f"all {tokens:,} training tokens of {cfg.dataset_path} read: starting over, reshuffled")
         epoch += 1
+
+
+def _mixed(windows: Iterator[Int[Tensor, "pos"]], pool_size: int, rng: random.Random) -> Iterator[Int[Tensor, "pos"]]:
+    """The same windows in another order: each waits in a pool for a random time. A long document is many windows in a
+    row, of which the buffer of activations alone would hold too large a share.
+    """
+    pool = list(islice(windows, max(1, pool_size)))
+    for window in windows:
+        chosen = rng.randrange(len(pool))
+        yield pool[chosen]
+        pool[chosen] = window
+    rng.shuffle(pool)
+    yield from pool
 
 
 def _prefetch(batches: Iterator[Tensor]) -> Iterator[Tensor]:

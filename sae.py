@@ -31,7 +31,7 @@ from sparse import Selection, SparseLatents, Support
 NORM_EPS = 1e-5
 PROJECTED_ROWS = 1024  # at a time on a CPU: what is multiplied stays in its cache
 AUXK_LEAST_VARIANCE = 1e-6
-THRESHOLD_MEMORY = 0.9  # of BatchTopK's running mean; one batch's value strays by under 1%, a longer mean lags
+THRESHOLD_MEMORY = 0.9  # of BatchTopK's running mean: about the last ten batches
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 # A chunk of pre-activations that stays in a CPU's cache makes the product itself faster; a GPU wants few launches.
 CPU_CHUNK_ROWS, CPU_CHUNK_LATENTS = 2048, 3072
 GPU_CHUNK_ELEMENTS = 1 << 27
-MAX_DENSITY = 0.06  # share of latents above which a dense step is faster than a sparse one
+MAX_DENSITY = 0.1  # share of latents above which a dense step is faster than a sparse one
 
 
 @dataclass(frozen=True)
