@@ -1,6 +1,7 @@
 """The training loop: one stream of activations, many SAEs."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,27 @@ def sparsity_coefficient(cfg: Config, step: int) -> float:
     """l1_coeff of a step: linear rise over sparsity_warmup."""
     warmup = cfg.sparsity_warmup * cfg.num_steps
     return cfg.l1_coeff * min(1.0, (step + 1) / warmup if warmup else 1.0)
+
+
+def floor_step(cfg: Config, x: Float[Tensor, "batch act_size"]) -> Callable[[], None]:
+    """The least that a training step can cost, ready to be run and timed on x.
+
+    One encoder product into a reused buffer and one fused Adam step over matrices of the size of W_enc and W_dec: no
+    step that trains all of both does without them.
+    """
+    encoder, decoder = (x.new_ones(cfg.dict_size, cfg.act_size, dtype=torch.float32) for _ in range(2))
+    for matrix in (encoder, decoder):
+        matrix.grad = torch.ones_like(matrix)
+    adam = torch.optim.Adam([encoder, decoder], lr=cfg.lr, fused=True)
+    product_dtype = getattr(torch, cfg.product_dtype)
+    x = x.to(product_dtype)
+    product = x.new_empty(len(x), cfg.dict_size)
+
+    def run() -> None:
+        torch.mm(x, encoder.to(product_dtype).t(), out=product)
+        adam.step()
+
+    return run
 
 
 class Trainer:
@@ -81,7 +103,7 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
         disable=None,  # where standard error is not a terminal
         bar_format="{l_bar}{bar:8}| {remaining} left, {rate_fmt}{postfix}",  # fits 80 columns
     )
-    clock, timed_tokens = time.perf_counter(), 0
+    clock, timed_tokens, seconds = time.perf_counter(), 0, 0.0
     for step in range(cfg.num_steps):
         x = store.next_batch()
         if step == 0:
@@ -104,8 +126,9 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
         timed_tokens += cfg.batch_size
         if is_log_step:
             bar.set_postfix_str(_summary(logged), refresh=False)
-            speed = {"train/tokens_per_second": timed_tokens / (time.perf_counter() - clock)}
-            clock, timed_tokens = time.perf_counter(), 0
+            elapsed = time.perf_counter() - clock
+            speed = {"train/tokens_per_second": timed_tokens / elapsed}
+            clock, timed_tokens, seconds = time.perf_counter(), 0, seconds + elapsed
             if log is not None:
                 for index, metrics in enumerate(logged):
                     log.log(index, done, done * cfg.batch_size, metrics | speed)
@@ -121,9 +144,39 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
                 log.checkpoint(sae, done)
         clock += time.perf_counter() - paused
     bar.close()
+    tqdm.write(_speed(cfg, saes, x, seconds))
     for sae in saes:
         sae.eval()
     return results
+
+
+def _speed(cfg: Config, saes: list[BaseAutoencoder], x: Tensor, seconds: float) -> str:
+    """Tokens/s of the run without its evaluations, and how near it came to the floor of its SAEs' steps."""
+    floors: dict[tuple, float] = {}
+    total = 0.0
+    for sae in saes:
+        shape = (sae.cfg.dict_size, sae.cfg.product_dtype)
+        if shape not in floors:
+            run = floor_step(sae.cfg, x)
+            run()
+            synchronise(x.device)
+            start = time.perf_counter()
+            for _ in range(3):
+                run()
+            synchronise(x.device)
+            floors[shape] = (time.perf_counter() - start) / 3
+        total += floors[shape] * cfg.num_steps
+    rate = cfg.num_steps * cfg.batch_size / seconds
+    count = "1 SAE" if len(saes) == 1 else f"{len(saes)} SAEs"
+    return (
+        f"{rate:,.0f} tokens/s through the model and {count};"
+        f" {total / seconds:.0%} of that time is the floor of their steps"
+    )
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _summary(logged: list[dict[str, float]]) -> str:

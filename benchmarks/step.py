@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this
 
 from config import Config, SaeType
 from sae import build_sae
-from training import Trainer
+from training import Trainer, floor_step
 
 L0 = 64  # of Vanilla and JumpReLU
 DEAD_SHARE = 0.1
@@ -96,20 +96,6 @@ def trainer(cfg: Config, x: Tensor, dead_share: float = 0.0) -> Trainer:
     return Trainer(sae)
 
 
-def floor(cfg: Config, x: Tensor) -> Callable[[], None]:
-    product = torch.empty(len(x), cfg.dict_size, device=x.device)
-    matrices = [torch.randn(cfg.dict_size, cfg.act_size, device=x.device) for _ in range(2)]
-    for matrix in matrices:
-        matrix.grad = torch.randn_like(matrix)
-    adam = torch.optim.Adam(matrices, lr=1e-6, fused=True)
-
-    def run() -> None:
-        torch.mm(x, matrices[0].t(), out=product)
-        adam.step()
-
-    return run
-
-
 def dense(of: Trainer) -> Trainer:
     """The same step with ordinary autograd over [batch, dict_size]."""
     of.sae.select = lambda centred: None
@@ -126,7 +112,7 @@ def our_step(of: Trainer, batch: Callable[[], Tensor]) -> Callable[[], None]:
 def benchmark(options: Options, dict_size: int) -> dict[str, list[float]]:
     batches = itertools.cycle(activations(options))
     x = next(batches)
-    contenders: dict[str, Callable[[], None]] = {"floor": floor(config(options, "topk", dict_size), x)}
+    contenders: dict[str, Callable[[], None]] = {"floor": floor_step(config(options, "topk", dict_size), x)}
     for sae_type in options.sae_type:
         cfg = config(options, sae_type, dict_size)
         contenders[sae_type] = our_step(trainer(cfg, x), lambda: next(batches))

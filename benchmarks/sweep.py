@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from timing import machine, median, print_table, synchronise, write_json
+from timing import machine, median, print_table, write_json
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this file runs as a script
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this
 from activation_store import ActivationsStore, check_model, load_model
 from config import SWEEPS
 from sae import build_sae
-from training import Trainer
+from training import Trainer, synchronise
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,16 @@
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where a benchmark runs as a script
+
+from training import synchronise
 
 
 def machine(device: torch.device) -> str:
@@ -37,11 +42,6 @@ def interleaved(
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def median(seconds: list[float]) -> float:
