@@ -123,7 +123,9 @@ class ActivationsStore:
         self._rng = torch.Generator().manual_seed(cfg.seed)
         self._token_batches = _prefetch(_training_token_batches(cfg, model.tokenizer))
         self._buffer = torch.empty(self.capacity, cfg.act_size, dtype=cfg.torch_dtype, device=device)
-        self._order = torch.arange(self.capacity)  # slots in the order they are served; those before _served are free
+        self._order = torch.arange(
+            self.capacity, device=device
+        )  # slots in the order they are served; those before _served are free
         self._served = self.capacity
         self._spill = torch.empty(0, cfg.act_size, dtype=cfg.torch_dtype, device=device)  # rows that found no slot yet
         self._row_sum = torch.zeros(cfg.act_size, dtype=torch.float64, device=device)
@@ -137,7 +139,7 @@ class ActivationsStore:
             self._refill()
         slots = self._order[self._served : self._served + self.cfg.batch_size]
         self._served += self.cfg.batch_size
-        return self._buffer[slots.to(self._buffer.device, non_blocking=True)]
+        return self._buffer[slots]
 
     @property
     def mean(self) -> Float[Tensor, "act_size"]:
@@ -160,11 +162,11 @@ class ActivationsStore:
         while filled < len(free):
             rows = self._spill if len(self._spill) else self._new_rows()
             fits = min(len(rows), len(free) - filled)
-            slots = free[filled : filled + fits].to(self._buffer.device, non_blocking=True)
+            slots = free[filled : filled + fits]
             self._buffer[slots] = rows[:fits]
             self._spill = rows[fits:]
             filled += fits
-        self._order = torch.randperm(self.capacity, generator=self._rng)
+        self._order = _send(torch.randperm(self.capacity, generator=self._rng), self._buffer.device)
         self._served = 0
 
     def _new_rows(self) -> Float[Tensor, "rows act_size"]:
@@ -172,8 +174,8 @@ class ActivationsStore:
         tokens = next(self._token_batches)
         kept = ordinary_positions(tokens, self.model.tokenizer).flatten().nonzero().squeeze(1)
         device = self._buffer.device
-        acts = record(self.model, tokens.to(device, non_blocking=True), self.cfg.hook_point).flatten(0, 1)
-        rows = acts[kept.to(device, non_blocking=True)]
+        acts = record(self.model, _send(tokens, device), self.cfg.hook_point).flatten(0, 1)
+        rows = acts[_send(kept, device)]
         self._row_sum += rows.sum(dim=0, dtype=torch.float64)
         self._rows += len(rows)
         self.tokens_seen += tokens.numel()
@@ -221,6 +223,11 @@ def _mixed(windows: Iterator[Int[Tensor, "pos"]], pool_size: int, rng: random.Ra
         pool[chosen] = window
     rng.shuffle(pool)
     yield from pool
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device for which the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _prefetch(batches: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -76,10 +76,10 @@ class Config:
     """Dead latents kept per token to explain what the live ones left over (AuxK; topk and batchtopk)."""
     aux_penalty: float = 1 / 32
     """Weight of the AuxK loss."""
-    dead_after_tokens: int = 10_000_000
-    """A latent is dead once it has not fired for this many tokens."""
+    dead_after_tokens: int | None = None
+    """A latent is dead once it has not fired for this many tokens; 10 million, or half a shorter run, by default."""
     product_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the encoder product. Weights, losses, gradients and Adam stay in float32."""
+    """Number format of the encoder product. Weights, losses and Adam stay in float32."""
     input_unit_norm: bool = True
     """Normalise every token's activations to mean 0 and standard deviation 1; the output is mapped back."""
 
@@ -151,7 +151,7 @@ class Config:
         self._require(
             "num_tokens", self.num_tokens >= self.batch_size, f"give at least one batch, batch_size {self.batch_size}"
         )
-        self._require("device", _is_device(self.device), 'give "auto", "cpu", "cuda", "cuda:1" or "mps"')
+        self._require("device", _is_device(self.device), 'give "auto", "cpu", "cuda" or "cuda:1"')
 
     def _require(self, field: str, holds: bool, remedy: str) -> None:
         if not holds:
@@ -186,6 +186,11 @@ class Config:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    @property
+    def dead_after(self) -> int:
+        """`dead_after_tokens`, or its default."""
+        return self.dead_after_tokens or min(10_000_000, self.num_tokens // 2)
 
     @property
     def num_steps(self) -> int:
@@ -248,9 +253,7 @@ def _one_of(value: object, allowed: typing.Iterable[str]) -> str:
 
 def _is_device(name: str) -> bool:
     kind, _, index = name.partition(":")
-    return name == "auto" or (
-        kind in ("cpu", "cuda", "mps") and (not index or index.isdigit()) and not name.endswith(":")
-    )
+    return name == "auto" or (kind in ("cpu", "cuda") and (not index or index.isdigit()) and not name.endswith(":"))
 
 
 def field_docs() -> dict[str, str]:
@@ -268,7 +271,7 @@ def field_docs() -> dict[str, str]:
 
 def tiny_sweep() -> list[Config]:
     """The four types at three sparsity levels each, on the embedded model: minutes on a laptop."""
-    common = dict(num_tokens=400_000, batch_size=2048, dead_after_tokens=200_000, log_freq=20, perf_log_freq=100)
+    common = dict(num_tokens=400_000, batch_size=2048, log_freq=20, perf_log_freq=100)
     jumprelu = dict(sae_type="jumprelu", lr=6e-3, bandwidth=0.03, threshold_init=0.05)
     return [
         *(Config(sae_type="vanilla", l1_coeff=c, lr=4e-3, **common) for c in (0.003, 0.005, 0.008)),
@@ -283,7 +286,7 @@ def gpt2_sweep() -> list[Config]:
     common = dict(
         model_name="gpt2", layer=8, site="resid_pre", dataset_path="Skylion007/openwebtext", seq_len=128,
         model_batch_size=256, num_batches_in_buffer=16, num_tokens=1_000_000_000, batch_size=4096, lr=3e-4,
-        max_grad_norm=1.0, top_k_aux=512, dead_after_tokens=10_000_000, perf_log_freq=1000, log_freq=100,
+        max_grad_norm=1.0, top_k_aux=512, perf_log_freq=1000, log_freq=100,
         checkpoint_freq=10_000,
     )  # fmt: skip
     width = 768

@@ -4,12 +4,13 @@ runs/<sweep>/                  one folder a sweep; W&B's offline files lie in it
     <Config.name>/             one folder an SAE
         config.json            Config.to_dict()
         metrics.jsonl          {"step", "tokens", "train/..."} on log steps, {..., "eval/..."} on evaluations
-        step-000488/           a checkpoint, which SAELens' `SAE.load_from_disk` opens as it is
+        step-000195/           a checkpoint, which SAELens' `SAE.load_from_disk` opens as it is
 """
 
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ class RunLog:
         row = {"step": step, "tokens": tokens, **metrics}
         with (self._folders[index] / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self._runs[index].log({"tokens": tokens, **metrics}, step=step)
+        self._runs[index].log(row, step=step)
 
     def checkpoint(self, sae: BaseAutoencoder, step: int) -> Path:
         path = self.folder / sae.cfg.name / f"step-{step:06d}"
@@ -130,12 +131,12 @@ def _sae_lens_cfg(sae: BaseAutoencoder) -> dict:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> BaseAutoencoder:
-    """The SAE saved in the folder `path`, of its exact class, in evaluation mode.
+    """The SAE saved in the folder `path`, of its exact class, in evaluation mode, on `device` (its cfg says so too).
 
     Raises ValueError, naming the file and what is wrong with it, when the folder is not a whole checkpoint of ours.
     """
     path = Path(path)
-    cfg = _read_config(path / CFG)
+    cfg = replace(_read_config(path / CFG), device=str(device))
     sae = SAE_TYPES[cfg.sae_type](cfg)
     weights, counters = _read_tensors(path / WEIGHTS), _read_tensors(path / COUNTERS)
     expected = {name: p.shape for name, p in sae.named_parameters()}
@@ -156,7 +157,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Bas
 def _read_config(file: Path) -> Config:
     if not file.is_file():
         raise ValueError(
-            f"{file}: no such file; give the folder of a checkpoint, such as runs/<sweep>/<name>/step-000488"
+            f"{file}: no such file; give the folder of a checkpoint, such as runs/<sweep>/<name>/step-000195"
         )
     try:
         cfg = json.loads(file.read_text())

@@ -45,6 +45,9 @@ Options.__doc__ = __doc__
 def override(cfgs: list[Config], options: Sweep) -> list[Config]:
     """The sweep with the options applied: each Config times every combination of the values given, without repeats."""
     given = {f.name: getattr(options, f.name) for f in fields(Config) if getattr(options, f.name)}
+    if types := given.pop("sae_type", ()):
+        known = [cfg for cfg in cfgs if cfg.sae_type in types]
+        cfgs = known + [replace(cfgs[0], sae_type=t) for t in types if t not in {cfg.sae_type for cfg in known}]
     combined = [
         replace(cfg, **dict(zip(given, values))) for cfg in cfgs for values in itertools.product(*given.values())
     ]
@@ -56,9 +59,17 @@ def check(cfgs: list[Config]) -> list[Config]:
 
     Raises ValueError or OSError when there is no such model or text, or they do not fit.
     """
+    import torch
+
     from activation_store import check_model
     from text import load_documents
 
+    for cfg in cfgs:
+        device = cfg.torch_device
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device = {cfg.device!r}: torch sees {torch.cuda.device_count()} GPUs; give cpu or another"
+            )
     checked = [check_model(cfg) for cfg in cfgs]
     for path, name in {(cfg.dataset_path, cfg.dataset_name): None for cfg in cfgs}:
         load_documents(path, name, held_out=True)
@@ -96,13 +107,12 @@ def run(cfgs: list[Config], folder: Path) -> None:
     table = results.load_results(folder)
     table.to_csv(folder / "results.csv", index=False)
     print(f"\n{results.format_table(table)}\n")
-    figures = results.save_figures(table, folder)
     print(f"table        {folder / 'results.csv'}")
-    for figure in figures:
-        print(f"plot         {figure}")
     print(f"checkpoints  {folder}/<name>/step-*  ({table['checkpoint'].notna().sum()})")
     if any(c.wandb_mode == "offline" for c in cfgs):
         print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
+    for figure in results.save_figures(table, folder):
+        print(f"plot         {figure}")
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ Sources: TopK and AuxK, Gao et al. 2024 (arXiv:2406.04093); BatchTopK, Bussmann 
 JumpReLU, Rajamanoharan et al. 2024 (arXiv:2407.14435); the weighted L1, Conerly et al. 2024 (April update).
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -68,10 +69,12 @@ class BaseAutoencoder(nn.Module):
     Raises ValueError when cfg.act_size is not given.
     """
 
+    sae_type: ClassVar[SaeType]
     uses_auxk: ClassVar[bool] = False
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
+        cfg = replace(cfg, sae_type=self.sae_type)
         if cfg.act_size is None:
             raise ValueError("act_size = None: give the width of the activations, such as 768 for gpt2")
         self.cfg = cfg
@@ -84,7 +87,7 @@ class BaseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.l1_coeff = cfg.l1_coeff  # what is in force now: training warms it up
-        self._num_dead: Tensor | None = None  # on a GPU: how many latents were dead after the last step
+        self._num_dead: tuple[Tensor, torch.cuda.Event] | None = None  # on a GPU: as counted by the last step
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
         self.register_buffer("input_scale", torch.ones(()))
 
@@ -160,8 +163,8 @@ class BaseAutoencoder(nn.Module):
         return Normalised((x - mean) / (std + NORM_EPS), std, mean)
 
     def dense_pre_activations(self, z: Float[Tensor, "batch act_size"]) -> Float[Tensor, "batch dict_size"]:
-        product = self._for_product(z - self.b_dec) @ self._for_product(self.W_enc)
-        return product.to(z.dtype) + self.b_enc
+        factors = (self._for_product(p) for p in (self.b_enc, z - self.b_dec, self.W_enc))
+        return torch.addmm(*factors).to(z.dtype)
 
     def _for_product(self, matrix: Tensor) -> Tensor:
         return matrix.bfloat16() if self.cfg.product_dtype == "bfloat16" else matrix
@@ -177,8 +180,8 @@ class BaseAutoencoder(nn.Module):
 
     @property
     def dead(self) -> Bool[Tensor, "dict_size"]:
-        """Latents that have not fired for `dead_after_tokens` training tokens."""
-        return self.tokens_since_fired >= self.cfg.dead_after_tokens
+        """Latents that have not fired for `cfg.dead_after` training tokens."""
+        return self.tokens_since_fired >= self.cfg.dead_after
 
     @torch.no_grad()
     def _count_fired(self, acts: Tensor, support: Support | None, batch: int) -> None:
@@ -190,19 +193,29 @@ class BaseAutoencoder(nn.Module):
         self.tokens_since_fired += batch
         self.tokens_since_fired.masked_fill_(fired, 0)
         if self.W_dec.is_cuda:
-            self._num_dead = torch.full((), -1, dtype=torch.int64, pin_memory=True)
-            self._num_dead.copy_(self.dead.sum(), non_blocking=True)
+            count = torch.empty((), dtype=torch.int64, pin_memory=True)
+            count.copy_(self.dead.sum(), non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            self._num_dead = count, copied
 
     def _dead_indices(self) -> Int[Tensor, "dead"]:
         if not self.W_dec.is_cuda:
             return self.dead.nonzero().squeeze(1)
-        # The last step has queued a copy of their number to the host. It arrives while this step's work is queued, so
-        # the device is never idle; asking the device now would stop the host until all queued work is done.
         if self._num_dead is None:
-            self._num_dead = self.dead.sum().cpu()
-        while (num_dead := int(self._num_dead)) < 0:
-            pass
-        return torch.nonzero_static(self.dead, size=num_dead).squeeze(1)
+            return self.dead.nonzero().squeeze(1)
+        # The last step queued a copy of their number to the host. Waiting for that step leaves the device busy with
+        # this one's encoder product; asking the device now would wait for the product too.
+        count, copied = self._num_dead
+        copied.synchronize()
+        return torch.nonzero_static(self.dead, size=int(count)).squeeze(1)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        self._num_dead = None
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_num_dead": None}  # a CUDA event cannot be copied
 
     def _auxk(
         self,
@@ -250,6 +263,8 @@ class BaseAutoencoder(nn.Module):
 class VanillaSAE(BaseAutoencoder):
     """ReLU latents and an L1 penalty, weighted by the norms of the decoder rows (which are 1 in training)."""
 
+    sae_type = "vanilla"
+
     def select(self, centred: Tensor) -> Selection | None:
         return sparse.select_above(centred, self.W_enc, self.b_enc, torch.zeros_like(self.b_enc), sparse.MAX_DENSITY)
 
@@ -264,6 +279,7 @@ class VanillaSAE(BaseAutoencoder):
 class TopKSAE(BaseAutoencoder):
     """The k largest pre-activations of each token, where positive."""
 
+    sae_type = "topk"
     uses_auxk = True
 
     def select(self, centred: Tensor) -> Selection | None:
@@ -279,6 +295,7 @@ class BatchTopKSAE(BaseAutoencoder):
     threshold (buffer, scalar): bias-corrected running mean of the smallest latent a training batch kept.
     """
 
+    sae_type = "batchtopk"
     uses_auxk = True
 
     def __init__(self, cfg: Config) -> None:
@@ -355,6 +372,8 @@ class JumpReLUSAE(BaseAutoencoder):
     threshold [dict_size], kept at 0 or above by training.
     """
 
+    sae_type = "jumprelu"
+
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
         self.threshold = nn.Parameter(torch.full((cfg.dict_size,), cfg.threshold_init))
@@ -392,10 +411,7 @@ def _at(per_latent: Float[Tensor, "dict_size"], support: Support | None) -> Tens
 
 
 SAE_TYPES: dict[SaeType, type[BaseAutoencoder]] = {
-    "vanilla": VanillaSAE,
-    "topk": TopKSAE,
-    "batchtopk": BatchTopKSAE,
-    "jumprelu": JumpReLUSAE,
+    sae_class.sae_type: sae_class for sae_class in (VanillaSAE, TopKSAE, BatchTopKSAE, JumpReLUSAE)
 }
 
 

@@ -30,7 +30,8 @@ from torch.nn.functional import embedding_bag
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 # A chunk of pre-activations that stays in a CPU's cache makes the product itself faster; a GPU wants few launches.
-CPU_CHUNK_ROWS, CPU_CHUNK_LATENTS = 2048, 3072
+CPU_CHUNK_ROWS, CPU_CHUNK_LATENTS = 2048, 2048
+GROUP = 32  # pre-activations whose maximum is taken together
 GPU_CHUNK_ELEMENTS = 1 << 27
 MAX_DENSITY = 0.1  # share of latents above which a dense step is faster than a sparse one
 
@@ -118,21 +119,66 @@ def _chunks(
 
 @torch.no_grad()
 def select_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection:
-    """The k largest pre-activations of each row: x [batch, act_size] (b_dec subtracted) -> nnz = batch * k."""
+    """The k largest pre-activations of each row: x [batch, act_size] (b_dec subtracted) -> nnz = batch * k.
+
+    On a CPU a top-k of everything is slow. The maxima of small groups in the first block of latents tell a number that
+    each row's k-th largest entry almost surely reaches; the top-k is then among the entries that do. The rows where
+    too few do (they are counted) are chosen directly.
+    """
+    dict_size = W_enc.shape[1]
+    first = min(dict_size, CPU_CHUNK_LATENTS)
+    expected = (
+        k if first == dict_size else min(k, -(-2 * k * first // dict_size))
+    )  # twice as many as needed, for safety
+    if x.is_cuda or expected > first // GROUP * 3 // 4:
+        values, indices = _select_topk_directly(x, W_enc, b_enc, k)
+    else:
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows, block, pre in _chunks(x, W_enc, b_enc):
+            if block.start == 0:
+                maxima = pre[:, : first // GROUP * GROUP].unflatten(1, (-1, GROUP)).amax(dim=2)
+                floor = maxima.topk(expected, sorted=False).values.amin(dim=1, keepdim=True)  # [rows, 1]
+            r, l = (pre >= floor).nonzero(as_tuple=True)
+            found.append((pre[r, l], r + rows.start, l + block.start))
+        pre, support = _by_row(found, len(x), dict_size)
+        counts = support.offsets.diff()
+        width = max(k, int(counts.max()))
+        place = support.rows * width + torch.arange(len(pre)) - support.offsets[support.rows]
+        padded = pre.new_full((len(x) * width,), -torch.inf).index_copy_(0, place, pre).view(-1, width)
+        top = padded.topk(k, sorted=False)
+        values = top.values
+        indices = support.indices[(support.offsets[:-1, None] + top.indices).clamp_max(len(pre) - 1)]
+        short = (counts < k).nonzero().squeeze(1)
+        if len(short):
+            values[short], indices[short] = _select_topk_directly(x[short], W_enc, b_enc, k)
+    offsets = torch.arange(0, len(x) * k + 1, k, device=x.device)
+    return Selection(values.flatten(), Support(indices.flatten(), offsets, dict_size))
+
+
+def _select_topk_directly(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """By a top-k of each block, then one of what these kept."""
     values, indices = [], []
     best: list[tuple[Tensor, Tensor]] = []
-    dict_size = W_enc.shape[1]
     for _, block, pre in _chunks(x, W_enc, b_enc):
         top = pre.topk(min(k, pre.shape[1]), sorted=False)
         best.append((top.values, top.indices + block.start))
-        if block.stop == dict_size:
+        if block.stop == W_enc.shape[1]:
             candidates, latents = (torch.cat(c, dim=1) for c in zip(*best))
             top = candidates.topk(k, sorted=False)
             values.append(top.values)
             indices.append(latents.gather(1, top.indices))
             best.clear()
-    offsets = torch.arange(0, len(x) * k + 1, k, device=x.device)
-    return Selection(torch.cat(values).flatten(), Support(torch.cat(indices).flatten(), offsets, dict_size))
+    return torch.cat(values), torch.cat(indices)
+
+
+def _by_row(found: list[tuple[Tensor, Tensor, Tensor]], batch: int, dict_size: int) -> Selection:
+    """Entries found block by block (values, rows, latents), row after row."""
+    values, rows, indices = (torch.cat(c) for c in zip(*found))
+    rows, order = rows.sort(stable=True)
+    offsets = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device))
+    return Selection(values[order], Support(indices[order], offsets, dict_size))
 
 
 @torch.no_grad()
@@ -152,10 +198,7 @@ def select_above(
         if not found and len(r) > max_density * pre.numel():
             return None
         found.append((pre[r, l], r + rows.start, l + block.start))
-    values, rows, indices = (torch.cat(c) for c in zip(*found))
-    rows, order = rows.sort(stable=True)
-    offsets = torch.searchsorted(rows, torch.arange(len(x) + 1, device=x.device))
-    return Selection(values[order], Support(indices[order], offsets, W_enc.shape[1]))
+    return _by_row(found, len(x), W_enc.shape[1])
 
 
 @torch.no_grad()

@@ -30,19 +30,18 @@ def sparsity_coefficient(cfg: Config, step: int) -> float:
     return cfg.l1_coeff * min(1.0, (step + 1) / warmup if warmup else 1.0)
 
 
-def floor_step(cfg: Config, x: Float[Tensor, "batch act_size"]) -> Callable[[], None]:
+def floor_step(x: Float[Tensor, "batch act_size"], dict_size: int, product_dtype: torch.dtype) -> Callable[[], None]:
     """The least that a training step can cost, ready to be run and timed on x.
 
     One encoder product into a reused buffer and one fused Adam step over matrices of the size of W_enc and W_dec: no
     step that trains all of both does without them.
     """
-    encoder, decoder = (x.new_ones(cfg.dict_size, cfg.act_size, dtype=torch.float32) for _ in range(2))
+    encoder, decoder = (x.new_ones(dict_size, x.shape[1], dtype=torch.float32) for _ in range(2))
     for matrix in (encoder, decoder):
         matrix.grad = torch.ones_like(matrix)
-    adam = torch.optim.Adam([encoder, decoder], lr=cfg.lr, fused=True)
-    product_dtype = getattr(torch, cfg.product_dtype)
+    adam = torch.optim.Adam([encoder, decoder], fused=True)
     x = x.to(product_dtype)
-    product = x.new_empty(len(x), cfg.dict_size)
+    product = x.new_empty(len(x), dict_size)
 
     def run() -> None:
         torch.mm(x, encoder.to(product_dtype).t(), out=product)
@@ -152,26 +151,26 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
 
 def _speed(cfg: Config, saes: list[BaseAutoencoder], x: Tensor, seconds: float) -> str:
     """Tokens/s of the run without its evaluations, and how near it came to the floor of its SAEs' steps."""
-    floors: dict[tuple, float] = {}
-    total = 0.0
+    latents = min(
+        max(sae.cfg.dict_size for sae in saes), max(1024, (1 << 23) // x.shape[1])
+    )  # little memory; scaled up
+    per_latent: dict[str, float] = {}
+    floor = 0.0
     for sae in saes:
-        shape = (sae.cfg.dict_size, sae.cfg.product_dtype)
-        if shape not in floors:
-            run = floor_step(sae.cfg, x)
+        dtype = sae.cfg.product_dtype
+        if dtype not in per_latent:
+            run = floor_step(x, latents, getattr(torch, dtype))
             run()
             synchronise(x.device)
             start = time.perf_counter()
             for _ in range(3):
                 run()
             synchronise(x.device)
-            floors[shape] = (time.perf_counter() - start) / 3
-        total += floors[shape] * cfg.num_steps
-    rate = cfg.num_steps * cfg.batch_size / seconds
+            per_latent[dtype] = (time.perf_counter() - start) / 3 / latents
+        floor += per_latent[dtype] * sae.cfg.dict_size * cfg.num_steps
     count = "1 SAE" if len(saes) == 1 else f"{len(saes)} SAEs"
-    return (
-        f"{rate:,.0f} tokens/s through the model and {count};"
-        f" {total / seconds:.0%} of that time is the floor of their steps"
-    )
+    rate = cfg.num_steps * cfg.batch_size / seconds
+    return f"{count}: {rate:,.0f} tokens/s; the floor of their steps is {floor / seconds:.0%} of the time"
 
 
 def synchronise(device: torch.device) -> None:

@@ -11,7 +11,6 @@ parameters, gradients and Adam's state, in a process of its own.
 """
 
 import itertools
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,9 +95,13 @@ def trainer(cfg: Config, x: Tensor, dead_share: float = 0.0) -> Trainer:
     return Trainer(sae)
 
 
-def dense(of: Trainer) -> Trainer:
-    """The same step with ordinary autograd over [batch, dict_size]."""
+@torch.no_grad()
+def dense(of: Trainer, x: Tensor) -> Trainer:
+    """The same step with ordinary autograd over [batch, dict_size]; BatchTopK by a threshold that keeps as many."""
     of.sae.select = lambda centred: None
+    if of.cfg.sae_type == "batchtopk":
+        sample = of.sae.dense_pre_activations(x[:64]).flatten()
+        of.sae.threshold.fill_(sample.topk(64 * of.cfg.top_k).values[-1])
     return of
 
 
@@ -112,14 +115,14 @@ def our_step(of: Trainer, batch: Callable[[], Tensor]) -> Callable[[], None]:
 def benchmark(options: Options, dict_size: int) -> dict[str, list[float]]:
     batches = itertools.cycle(activations(options))
     x = next(batches)
-    contenders: dict[str, Callable[[], None]] = {"floor": floor_step(config(options, "topk", dict_size), x)}
+    contenders: dict[str, Callable[[], None]] = {"floor": floor_step(x, dict_size, torch.float32)}
     for sae_type in options.sae_type:
         cfg = config(options, sae_type, dict_size)
         contenders[sae_type] = our_step(trainer(cfg, x), lambda: next(batches))
         if options.auxk and sae_type in ("topk", "batchtopk"):
             contenders[f"{sae_type}, 10% dead"] = our_step(trainer(cfg, x, DEAD_SHARE), lambda: next(batches))
         if options.dense:
-            contenders[f"{sae_type}, dense"] = our_step(dense(trainer(cfg, x)), lambda: next(batches))
+            contenders[f"{sae_type}, dense"] = our_step(dense(trainer(cfg, x), x), lambda: next(batches))
     if options.peers:
         contenders |= peers.steps(options.act_size, dict_size, options.top_k, x)
     return interleaved(contenders, options.repeats, x.device)
@@ -141,18 +144,20 @@ def measure_memory(options: Options) -> int:
     for view in of.views:
         view.grad = torch.ones_like(view)
     of.optimizer.step()
-    kept = _resident()
+    kept = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak, too, starts from here
     gradients = [view.grad for view in of.views]
     of.optimizer.zero_grad()
     del gradients, view
     for batch in batches:
         of.step(batch, 500)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - kept
+    return _memory("VmHWM") - kept
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _memory(field: str) -> int:
+    """Bytes that Linux gives for this process: VmRSS now, VmHWM at its peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def peak_memory(options: Options, sae_type: SaeType, dict_size: int) -> int:

@@ -191,9 +191,11 @@ def test_ordinary_positions_are_neither_the_first_nor_special(lm: SimpleNamespac
 # ---- rows served ----
 
 
+@pytest.mark.parametrize("mixed_windows", [10, 10_000])
 def test_every_ordinary_position_is_served_once_and_no_other(
-    corpus: Path, lm: SimpleNamespace, reads: list[Tensor]
+    corpus: Path, lm: SimpleNamespace, reads: list[Tensor], monkeypatch: pytest.MonkeyPatch, mixed_windows: int
 ) -> None:
+    monkeypatch.setattr(activation_store, "MIXED_TOKENS", mixed_windows * SEQ_LEN)
     cfg = config(corpus)
     rows = serve(ActivationsStore(lm, cfg), 150)
     windows = torch.cat(reads)
@@ -246,8 +248,16 @@ def test_consecutive_fills_mix(corpus: Path, lm: SimpleNamespace, reads: list[Te
     assert 0.35 < sum(shares[4:]) / 36 < 0.55
 
 
-def test_seed_decides_the_text_and_the_shuffling(tmp_path: Path, lm: SimpleNamespace, reads: list[Tensor]) -> None:
+@pytest.mark.parametrize("order_of", ["documents", "windows"])
+def test_seed_decides_the_text_and_the_shuffling(
+    tmp_path: Path, lm: SimpleNamespace, reads: list[Tensor], monkeypatch: pytest.MonkeyPatch, order_of: str
+) -> None:
     """Documents as long as a window: (window, position) shows the shuffling alone, the windows the text alone."""
+    if order_of == "documents":
+        monkeypatch.setattr(activation_store, "MIXED_TOKENS", SEQ_LEN)
+    else:
+        load = text.load_documents
+        monkeypatch.setattr(text, "load_documents", lambda *args, **options: load(*args, **(options | {"seed": 0})))
     documents = [[4 + i] * (SEQ_LEN - 2) for i in range(150)]
     corpus = write_tokens(tmp_path / "even.jsonl", documents)
     streams = []

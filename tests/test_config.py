@@ -102,6 +102,11 @@ def test_names_of_models_that_look_alike_differ() -> None:
     assert len(set(names)) == len(names)
 
 
+def test_names_of_settings_that_are_close_differ() -> None:
+    names = [Config(sae_type="jumprelu", l1_coeff=c).name for c in (0.004, 0.004 + 1e-12)]
+    assert names[0] != names[1]
+
+
 @pytest.mark.parametrize("site, hook", [
     ("resid_pre", "hook_resid_pre"), ("resid_mid", "hook_resid_mid"), ("resid_post", "hook_resid_post"),
     ("attn_out", "hook_attn_out"), ("mlp_out", "hook_mlp_out"), ("z", "attn.hook_z"),
@@ -162,7 +167,7 @@ REFUSED = [
     ("site", "resid_per", "did you mean 'resid_pre'? give one of resid_pre, resid_mid"),
     ("dtype", "fp32", "give one of float32, bfloat16, float16"),
     ("wandb_mode", "on", "give one of offline, online, disabled"),
-    *(("device", device, '"auto", "cpu"') for device in ("gpu", "cuda:", "cuda:x", "")),
+    *(("device", device, '"auto", "cpu"') for device in ("gpu", "cuda:", "cuda:x", "mps", "")),
 ]
 
 

@@ -53,6 +53,8 @@ def tokens(model: TransformerBridge) -> Tensor:
 class Stand(BaseAutoencoder):
     """Stands in for an SAE: reconstructs x as given(x), and keeps what it was given."""
 
+    sae_type = "topk"
+
     def __init__(self, cfg: Config, given: Callable[[Tensor], Tensor]) -> None:
         super().__init__(cfg)
         self.given, self.seen = given, []
@@ -68,7 +70,7 @@ def some_sae(cfg: Config, model: TransformerBridge, tokens: Tensor) -> BaseAutoe
     sae.initialise_from(record(model, tokens, cfg.hook_point).flatten(0, 1))
     if cfg.sae_type == "batchtopk":
         sae.threshold.fill_(0.5)
-    sae.tokens_since_fired[::4] = cfg.dead_after_tokens
+    sae.tokens_since_fired[::4] = cfg.dead_after
     return sae
 
 
@@ -109,7 +111,7 @@ def test_cross_entropy_is_the_mean_over_the_counted_predictions() -> None:
 @pytest.mark.parametrize("sae_type", list(SAE_TYPES))
 def test_training_metrics_hold_every_loss_term(cfg: Config, sae_type: str) -> None:
     sae = build_sae(Config(sae_type=sae_type, act_size=16, dict_size=64, top_k=4, l1_coeff=0.1, device="cpu"))
-    sae.tokens_since_fired[:16] = sae.cfg.dead_after_tokens
+    sae.tokens_since_fired[:16] = sae.cfg.dead_after
     x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)) + 1
     out = sae(x)
     metrics = training_metrics(sae, x, out)

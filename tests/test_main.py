@@ -211,3 +211,11 @@ def test_options_that_do_not_parse_exit_with_2(
     with pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 2 and args[0].split("=")[0] in capsys.readouterr().err
+
+
+def test_sae_type_chooses_among_the_sweep_and_adds_what_it_lacks() -> None:
+    tiny = SWEEPS["tiny"]()
+    chosen = main.override(tiny, main.Options(sae_type=("topk", "vanilla")))
+    assert {cfg.name for cfg in chosen} == {cfg.name for cfg in tiny if cfg.sae_type in ("topk", "vanilla")}
+    added = main.override(SWEEPS["gpt2"](), main.Options(sae_type=("vanilla",), l1_coeff=(0.01,)))
+    assert [(cfg.sae_type, cfg.l1_coeff) for cfg in added] == [("vanilla", 0.01)]

@@ -469,3 +469,9 @@ def test_a_bad_field_is_named_in_one_line(field: str, value: object) -> None:
 def test_build_sae_builds_the_named_type() -> None:
     assert tuple(SAE_TYPES) == get_args(SaeType)
     assert all(type(build_sae(config(name))) is cls for name, cls in SAE_TYPES.items())
+
+
+@all_types
+def test_a_class_says_its_own_type_whatever_the_config(sae_type: str) -> None:
+    for other in SAE_TYPES:
+        assert SAE_TYPES[sae_type](Config(act_size=8, dict_size=64, sae_type=other)).cfg.sae_type == sae_type

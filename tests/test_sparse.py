@@ -197,3 +197,22 @@ def test_shapes_in_signatures_are_checked_at_run_time() -> None:
     support = Support(torch.tensor([0, 1]), torch.tensor([0, 1, 2]), F)
     with pytest.raises(TypeCheckError):
         sparse.decode(torch.ones(2, 1), support, torch.ones(F, D))
+
+
+@pytest.mark.parametrize("skew", [1.0, 30.0], ids=["even", "all in the first block"])
+@pytest.mark.parametrize("dict_size, k", [(5000, 8), (1000, 8), (1024, 24), (1024, 25), (3000, 1)])
+def test_select_topk_through_group_maxima_is_the_topk(
+    monkeypatch: pytest.MonkeyPatch, dict_size: int, k: int, skew: float
+) -> None:
+    """With `skew`, too few entries reach what the first block's maxima promise, and rows are chosen again."""
+    monkeypatch.setattr(sparse, "CPU_CHUNK_ROWS", 16)
+    monkeypatch.setattr(sparse, "CPU_CHUNK_LATENTS", 1024)
+    rng = torch.Generator().manual_seed(0)
+    x, W_enc = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((40, 32), (32, dict_size)))
+    W_enc[:, :1024] *= skew
+    b_enc = torch.randn(dict_size, generator=rng, dtype=torch.float64)
+    selection = sparse.select_topk(x, W_enc, b_enc, k)
+    expected = (x @ W_enc + b_enc).topk(k)
+    order = selection.pre.view(40, k).sort(dim=1, descending=True)
+    assert_close(order.values, expected.values)
+    assert torch.equal(selection.support.indices.view(40, k).gather(1, order.indices), expected.indices)

@@ -227,7 +227,8 @@ def test_logs_evaluations_and_checkpoints_come_at_their_steps(
     store, log = Store(saes[0].cfg), Recorder()
     results = train(saes, store, log)
     assert results == [{"count": 3}] * 4
-    assert capfd.readouterr() == ("", ""), "no bar where there is no terminal"
+    out, err = capfd.readouterr()
+    assert out.startswith("4 SAEs: ") and len(out) <= 80 and err == "", "no bar where there is no terminal"
     assert log.checkpoints == [(sae, step) for step in checkpoints for sae in saes]
     assert all(tokens == step * B for _, step, tokens, _ in log.lines)
     logged = [(step, index) for index, step, _, metrics in log.lines if "train/loss" in metrics]
