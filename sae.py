@@ -137,7 +137,11 @@ class BaseAutoencoder(nn.Module):
 
         losses = {"mse": (z_hat - z).pow(2).mean()} | self.penalty(pre, acts, support, len(z))
         if dead is not None and len(dead):
-            pre_dead = (z - self.b_dec) @ W_enc_dead + self.b_enc[dead]
+            if z.requires_grad:
+                pre_dead = (z - self.b_dec) @ W_enc_dead + self.b_enc[dead]
+            else:  # b_dec's gradient by a vector, not a batch: what is subtracted is 0, its gradient is not
+                shift = (self.b_dec - self.b_dec.detach()) @ W_enc_dead
+                pre_dead = centred @ W_enc_dead + (self.b_enc[dead] - shift)
             losses["auxk"] = self.cfg.aux_penalty * self._auxk(pre_dead, W_dec_dead, (z - z_hat).detach())
         if self.training:
             self._count_fired(acts, support, len(z))

@@ -374,4 +374,4 @@ def _dots(
 
 def topk_mask(pre: Float[Tensor, "batch dict_size"], k: int) -> Tensor:
     """True at the k largest of each row."""
-    return torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(k, dim=1).indices, True)
+    return torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(k, dim=1, sorted=False).indices, True)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import peers
 import torch
@@ -40,6 +41,8 @@ class Options:
     dict_size: tuple[int, ...] = (12288,)
     top_k: int = 32
     batch_size: int = 2048
+    product_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of our steps; the floor's is always float32."""
     device: str = "cpu"
     repeats: int = 9
     auxk: bool = True
@@ -59,7 +62,7 @@ def config(options: Options, sae_type: SaeType, dict_size: int) -> Config:
     return Config(
         sae_type=sae_type, act_size=options.act_size, dict_size=dict_size, top_k=options.top_k, device=options.device,
         batch_size=options.batch_size, num_tokens=1000 * options.batch_size, lr=1e-6, l1_coeff=1e-3, bandwidth=1e-3,
-        top_k_aux=512, dead_after_tokens=10**12, input_unit_norm=False,
+        top_k_aux=512, product_dtype=options.product_dtype, dead_after_tokens=10**12, input_unit_norm=False,
     )  # fmt: skip
 
 
@@ -165,7 +168,7 @@ def peak_memory(options: Options, sae_type: SaeType, dict_size: int) -> int:
     command = [
         sys.executable, __file__, "--measure-memory", sae_type, "--dict-size", str(dict_size),
         "--act-size", str(options.act_size), "--batch-size", str(options.batch_size), "--top-k", str(options.top_k),
-        "--device", options.device,
+        "--device", options.device, "--product-dtype", options.product_dtype,
     ]  # fmt: skip
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -178,7 +181,7 @@ def main(options: Options) -> None:
     print(
         f"{where}\nact_size {options.act_size}, batch {options.batch_size}, k {options.top_k}, L0 {L0} of vanilla and"
     )
-    print("jumprelu, float32; milliseconds: median (range)")
+    print(f"jumprelu, {options.product_dtype} products; milliseconds: median (range)")
     rows, figures = [], []
     for dict_size in options.dict_size:
         seconds = benchmark(options, dict_size)

@@ -475,3 +475,14 @@ def test_build_sae_builds_the_named_type() -> None:
 def test_a_class_says_its_own_type_whatever_the_config(sae_type: str) -> None:
     for other in SAE_TYPES:
         assert SAE_TYPES[sae_type](Config(act_size=8, dict_size=64, sae_type=other)).cfg.sae_type == sae_type
+
+
+@all_types
+def test_parameters_get_the_same_gradient_whether_or_not_x_does(sae_type: str) -> None:
+    sae, x = make_sae(sae_type, dead=DEAD), rows(B)
+    grads = []
+    for wanted in (True, False):
+        loss = sae(x.clone().requires_grad_(wanted)).loss
+        grads.append(torch.autograd.grad(loss, list(sae.parameters())))
+        sae.tokens_since_fired[list(DEAD)] = sae.cfg.dead_after
+    assert_close(*grads, rtol=1e-9, atol=1e-12)
