@@ -15,6 +15,7 @@ and, with g = d loss / d x_hat and h = d loss / d pre on S,
 No [B, F] tensor outlives a chunk. Axes: B batch, D act_size, F dict_size, nnz entries of the support.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,9 +128,8 @@ def select_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection:
     """
     dict_size = W_enc.shape[1]
     first = min(dict_size, CPU_CHUNK_LATENTS)
-    expected = (
-        k if first == dict_size else min(k, -(-3 * k * first // dict_size))
-    )  # three times as many as needed: few rows are short
+    mean = k * first / dict_size  # entries of the top k in the first block, if latents are in no order
+    expected = k if first == dict_size else min(k, math.ceil(mean + 4 * mean**0.5 + 3))  # rarely more
     if x.is_cuda or expected > first // GROUP * 3 // 4:
         values, indices = _select_topk_directly(x, W_enc, b_enc, k)
     else:

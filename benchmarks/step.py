@@ -68,7 +68,7 @@ def config(options: Options, sae_type: SaeType, dict_size: int) -> Config:
 
 def activations(options: Options) -> list[Tensor]:
     """Batches with the structure SAEs look for: sums of a few of many directions, and noise."""
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(1)  # not the seed of the latents, which would then be the directions
     directions = torch.randn(4 * options.act_size, options.act_size, generator=rng) / options.act_size**0.5
     batches = []
     for _ in range(3):
