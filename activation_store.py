@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
@@ -81,7 +82,7 @@ def record(
     recorded: list[Tensor] = []
 
     def keep(acts: Tensor, hook: object) -> None:
-        recorded.append(acts.flatten(2))
+        recorded.append(rearrange(acts, "window pos ... -> window pos (...)"))
         raise _Recorded
 
     with model.hooks(fwd_hooks=[(hook_name, keep)]), contextlib.suppress(_Recorded):

@@ -204,9 +204,7 @@ class BaseAutoencoder(nn.Module):
             self._num_dead = count, copied
 
     def _dead_indices(self) -> Int[Tensor, "dead"]:
-        if not self.W_dec.is_cuda:
-            return self.dead.nonzero().squeeze(1)
-        if self._num_dead is None:
+        if not self.W_dec.is_cuda or self._num_dead is None:
             return self.dead.nonzero().squeeze(1)
         # The last step queued a copy of their number to the host. Waiting for that step leaves the device busy with
         # this one's encoder product; asking the device now would wait for the product too.

@@ -151,9 +151,8 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
 
 def _speed(cfg: Config, saes: list[BaseAutoencoder], x: Tensor, seconds: float) -> str:
     """Tokens/s of the run without its evaluations, and how near it came to the floor of its SAEs' steps."""
-    latents = min(
-        max(sae.cfg.dict_size for sae in saes), max(1024, (1 << 23) // x.shape[1])
-    )  # little memory; scaled up
+    # Measured on few latents, for little memory, and scaled up.
+    latents = min(max(sae.cfg.dict_size for sae in saes), max(1024, (1 << 23) // x.shape[1]))
     per_latent: dict[str, float] = {}
     floor = 0.0
     for sae in saes:
