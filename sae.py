@@ -137,12 +137,8 @@ class BaseAutoencoder(nn.Module):
 
         losses = {"mse": (z_hat - z).pow(2).mean()} | self.penalty(pre, acts, support, len(z))
         if dead is not None and len(dead):
-            if z.requires_grad:
-                pre_dead = (z - self.b_dec) @ W_enc_dead + self.b_enc[dead]
-            else:  # b_dec's gradient by a vector, not a batch: what is subtracted is 0, its gradient is not
-                shift = (self.b_dec - self.b_dec.detach()) @ W_enc_dead
-                pre_dead = centred @ W_enc_dead + (self.b_enc[dead] - shift)
-            losses["auxk"] = self.cfg.aux_penalty * self._auxk(pre_dead, W_dec_dead, (z - z_hat).detach())
+            auxk = self._auxk(z, centred, (z - z_hat).detach(), W_enc_dead, self.b_enc[dead], W_dec_dead)
+            losses["auxk"] = self.cfg.aux_penalty * auxk
         if self.training:
             self._count_fired(acts, support, len(z))
         sae_out = (z_hat * std + mean).view(x.shape)
@@ -221,18 +217,35 @@ class BaseAutoencoder(nn.Module):
 
     def _auxk(
         self,
-        pre: Float[Tensor, "batch dead"],
-        W_dec: Float[Tensor, "dead act_size"],
+        z: Float[Tensor, "batch act_size"],
+        centred: Float[Tensor, "batch act_size"],
         error: Float[Tensor, "batch act_size"],
+        W_enc: Float[Tensor, "act_size dead"],
+        b_enc: Float[Tensor, "dead"],
+        W_dec: Float[Tensor, "dead act_size"],
     ) -> Float[Tensor, ""]:
-        """AuxK (Gao et al. 2024, appendix A.2): dead latents alone explain the error of the live ones.
+        """AuxK (Gao et al. 2024, appendix A.2): the dead latents alone, as a dictionary, explain the live ones' error.
 
         It is the error's unexplained share, MSE(e_hat, e) / MSE(mean(e), e).
         """
-        acts = torch.relu(pre)
-        if pre.shape[1] > self.cfg.top_k_aux:
-            acts = acts * sparse.topk_mask(pre, self.cfg.top_k_aux)
-        unexplained = (acts @ W_dec - error).pow(2).mean()
+        k = self.cfg.top_k_aux
+        selection = sparse.select_above(
+            self._for_product(centred), W_enc, b_enc, torch.zeros_like(b_enc), sparse.MAX_DENSITY
+        )
+        if selection is not None:
+            selection = sparse.at_most(selection, k)
+            pre = sparse.pre_activations(z, W_enc, b_enc, self.b_dec, centred, selection)
+            e_hat = sparse.decode(torch.relu(pre), selection.support, W_dec)
+        else:
+            if z.requires_grad:
+                pre = (z - self.b_dec) @ W_enc + b_enc
+            else:  # b_dec's gradient by a vector, not a batch: what is subtracted is 0, its gradient is not
+                pre = centred @ W_enc + (b_enc - (self.b_dec - self.b_dec.detach()) @ W_enc)
+            acts = torch.relu(pre)
+            if pre.shape[1] > k:
+                acts = acts * sparse.topk_mask(pre, k)
+            e_hat = acts @ W_dec
+        unexplained = (e_hat - error).pow(2).mean()
         variance = (error - error.mean(dim=0)).pow(2).mean()
         least = AUXK_LEAST_VARIANCE * error.pow(2).mean()  # less only where all rows are the same, or there is one
         return (variance > least) * unexplained / variance.clamp_min(least)
@@ -274,7 +287,7 @@ class VanillaSAE(BaseAutoencoder):
         return torch.relu(pre)
 
     def penalty(self, pre: Tensor, acts: Tensor, support: Support | None, batch: int) -> dict[str, Tensor]:
-        norms = _at(self.W_dec.norm(dim=1), support)
+        norms = _at(sparse.row_norms(self.W_dec), support)
         return {"l1": self.l1_coeff * (acts * norms).sum() / batch}
 
 

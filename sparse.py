@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import embedding_bag
@@ -32,9 +32,10 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 # A chunk of pre-activations that stays in a CPU's cache makes the product itself faster; a GPU wants few launches.
 CPU_CHUNK_ROWS, CPU_CHUNK_LATENTS = 2048, 3072
-GROUP = 32  # pre-activations whose maximum is taken together
+GROUP = 16  # pre-activations whose maximum is taken together
 GPU_CHUNK_ELEMENTS = 1 << 27
 MAX_DENSITY = 0.1  # share of latents above which a dense step is faster than a sparse one
+SAMPLE_ROWS = 32  # that tell how dense a batch is
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,12 @@ def select_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection:
     if x.is_cuda or expected > first // GROUP * 3 // 4:
         values, indices = _select_topk_directly(x, W_enc, b_enc, k)
     else:
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        found: list[_Entries] = []
         for rows, block, pre in _chunks(x, W_enc, b_enc):
             if block.start == 0:
-                maxima = pre[:, : first // GROUP * GROUP].unflatten(1, (-1, GROUP)).amax(dim=2)
+                maxima = pre[:, : first // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(dim=1)
                 floor = maxima.topk(expected, sorted=False).values.amin(dim=1, keepdim=True)  # [rows, 1]
-            r, l = (pre >= floor).nonzero(as_tuple=True)
-            found.append((pre[r, l], r + rows.start, l + block.start))
+            found.append(_entries(pre, pre >= floor, rows, block))
         pre, support = _by_row(found, len(x), dict_size)
         counts = support.offsets.diff()
         width = max(k, int(counts.max()))
@@ -173,8 +173,32 @@ def _select_topk_directly(
     return torch.cat(values), torch.cat(indices)
 
 
-def _by_row(found: list[tuple[Tensor, Tensor, Tensor]], batch: int, dict_size: int) -> Selection:
-    """Entries found block by block (values, rows, latents), row after row."""
+class _Entries(NamedTuple):
+    """Some pre-activations, with the row and the latent of each."""
+
+    pre: Float[Tensor, "entries"]
+    rows: Int[Tensor, "entries"]
+    latents: Int[Tensor, "entries"]
+
+
+def _entries(
+    pre: Float[Tensor, "rows latents"], mask: Bool[Tensor, "rows latents"], rows: slice, block: slice
+) -> _Entries:
+    """The few entries of a block where the mask is true, row after row."""
+    mask = mask.flatten()
+    if len(mask) % 8:
+        flat = mask.nonzero().squeeze(1)
+    else:  # one look at eight bytes passes over them where all are 0
+        eights = mask.view(torch.int64)
+        hits = eights.nonzero().squeeze(1)
+        hit, place = eights[hits].view(torch.bool).view(-1, 8).nonzero(as_tuple=True)
+        flat = hits[hit] * 8 + place
+    width = pre.shape[1]
+    return _Entries(pre.flatten()[flat], flat // width + rows.start, flat % width + block.start)
+
+
+def _by_row(found: list[_Entries], batch: int, dict_size: int) -> Selection:
+    """Entries found block by block, row after row."""
     values, rows, indices = (torch.cat(c) for c in zip(*found))
     rows, order = rows.sort(stable=True)
     offsets = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device))
@@ -187,18 +211,30 @@ def select_above(
 ) -> Selection | None:
     """Every pre-activation above its latent's floor, or None where dense products are the faster way.
 
-    That is where more than `max_density` of the first block of latents is found, and on a GPU always: how many are
-    found is data there, which the host would have to wait for.
+    That is where more than `max_density` are, by a sample of rows in the first block of latents, and on a GPU always:
+    how many are found is data there, which the host would have to wait for.
     """
     if x.is_cuda:
         return None
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for rows, block, pre in _chunks(x, W_enc, b_enc):
-        r, l = (pre > floor[block]).nonzero(as_tuple=True)
-        if not found and len(r) > max_density * pre.numel():
-            return None
-        found.append((pre[r, l], r + rows.start, l + block.start))
+    _, block, pre = next(_chunks(_sample(x), W_enc, b_enc))
+    if (pre > floor[block]).float().mean() > max_density:
+        return None
+    found = [_entries(pre, pre > floor[block], rows, block) for rows, block, pre in _chunks(x, W_enc, b_enc)]
     return _by_row(found, len(x), W_enc.shape[1])
+
+
+def at_most(selection: Selection, k: int) -> Selection:
+    """The k largest pre-activations of each row's, where it has more."""
+    pre, support = selection
+    counts = support.offsets.diff()
+    if counts.max() <= k:
+        return selection
+    order = pre.sort(descending=True).indices
+    order = order[support.rows[order].sort(stable=True).indices]  # row after row, the largest first
+    rank = torch.arange(len(pre), device=pre.device) - support.offsets[support.rows]
+    kept = order[rank < k]
+    offsets = torch.cat([support.offsets[:1], counts.clamp_max(k).cumsum(0)])
+    return Selection(pre[kept], Support(support.indices[kept], offsets, support.dict_size))
 
 
 @torch.no_grad()
@@ -223,9 +259,13 @@ def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, guess: Flo
     return _csr(candidates.pre[kept], candidates.support.rows[kept], candidates.support.indices[kept], len(x), b_enc)
 
 
+def _sample(x: Float[Tensor, "batch act_size"]) -> Float[Tensor, "sample act_size"]:
+    return x[:: max(1, len(x) // SAMPLE_ROWS)]
+
+
 def _smallest_kept_in_sample(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> float:
     """What the k-th largest entry per row, on average, is for a few rows; somewhat less, for a guess."""
-    sample = x[:: max(1, len(x) // 32)]
+    sample = _sample(x)
     pre = torch.addmm(b_enc, sample.to(W_enc.dtype), W_enc)
     return max(0.0, 0.9 * pre.flatten().topk(k * len(sample)).values[-1].item())
 
@@ -340,6 +380,27 @@ def split_rows(
 ) -> tuple[Float[Tensor, "dict_size act_size"], Float[Tensor, "chosen act_size"]]:
     """The matrix, for `pre_activations` or `decode` alone, and its chosen rows, for anything."""
     return _SplitRows.apply(matrix, chosen)
+
+
+class _RowNorms(torch.autograd.Function):
+    """Norms of a matrix's rows, whose gradient takes one pass over the matrix instead of autograd's four."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, matrix: Tensor) -> Tensor:
+        norms = matrix.norm(dim=1)
+        ctx.save_for_backward(matrix, norms)
+        return norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        matrix, norms = ctx.saved_tensors
+        return matrix * (grad / norms).unsqueeze(1)
+
+
+def row_norms(matrix: Float[Tensor, "dict_size act_size"]) -> Float[Tensor, "dict_size"]:
+    """Euclidean norms of rows, none of which may be 0."""
+    return _RowNorms.apply(matrix)
 
 
 def _bags_by_row(weights: Tensor, support: Support, matrix: Float[Tensor, "dict_size act_size"]) -> Tensor:

@@ -1,5 +1,7 @@
 """The training loop: one stream of activations, many SAEs."""
 
+import ctypes
+import platform
 import time
 from collections.abc import Callable
 
@@ -28,6 +30,18 @@ def sparsity_coefficient(cfg: Config, step: int) -> float:
     """l1_coeff of a step: linear rise over sparsity_warmup."""
     warmup = cfg.sparsity_warmup * cfg.num_steps
     return cfg.l1_coeff * min(1.0, (step + 1) / warmup if warmup else 1.0)
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory of freed tensors for the next ones, where its allocator is glibc's.
+
+    glibc gives tensors above 32 MB back to the system at once, so that every step would fault the pages of its
+    gradients in anew: a tenth of a step on a CPU.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(parameter, 2**31 - 1)
 
 
 def floor_step(x: Float[Tensor, "batch act_size"], dict_size: int, product_dtype: torch.dtype) -> Callable[[], None]:
@@ -69,7 +83,10 @@ class Trainer:
         sae.project_decoder_gradient()
         for view, p in zip(self.views, sae.parameters()):
             view.grad = p.grad if p.is_contiguous() else p.grad.t()
-        torch.nn.utils.clip_grad_norm_(self.views, cfg.max_grad_norm)
+        norm = torch.nn.utils.get_total_norm([view.grad for view in self.views])
+        self.optimizer.grad_scale = (norm / cfg.max_grad_norm).clamp_min(
+            1
+        )  # what Adam divides gradients by as it reads
         self.optimizer.step()
         self.optimizer.zero_grad()
         sae.zero_grad()
@@ -84,6 +101,7 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
     to `log`, if there is one, every log_freq, perf_log_freq and checkpoint_freq steps of the store's Config and at the
     end. Raises ValueError when the SAEs do not share the store's stream.
     """
+    keep_freed_memory()
     cfg = store.cfg
     for sae in saes:
         if sae.cfg.stream != cfg.stream:

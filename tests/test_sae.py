@@ -95,8 +95,8 @@ def gradients(sae: BaseAutoencoder, out: SAEOutput, x: Tensor) -> dict[str, dict
 @pytest.mark.parametrize("input_unit_norm", [True, False], ids=["normalised", "raw"])
 @pytest.mark.parametrize(
     "sae_type, density",
-    [("vanilla", 1.0), ("vanilla", 0.0), ("topk", 0.0), ("batchtopk", 1.0), ("batchtopk", 0.0), ("jumprelu", 1.0),
-     ("jumprelu", 0.0)],
+    [("vanilla", 1.0), ("vanilla", 0.0), ("topk", 1.0), ("topk", 0.0), ("batchtopk", 1.0), ("batchtopk", 0.0),
+     ("jumprelu", 1.0), ("jumprelu", 0.0)],
 )  # fmt: skip
 def test_outputs_losses_and_all_gradients_equal_the_reference(
     monkeypatch: pytest.MonkeyPatch, sae_type: str, density: float, input_unit_norm: bool, training: bool

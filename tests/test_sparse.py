@@ -82,6 +82,16 @@ def test_select_above_is_what_exceeds_each_latents_floor(chunks: None, batch: in
     assert_selects(sparse.select_above(x, W_enc, b_enc, floor, max_density=1.0), pre, pre > floor)
 
 
+@pytest.mark.parametrize("k", [1, 3, 5, F])
+def test_at_most_keeps_the_largest_of_rows_that_have_more(k: int) -> None:
+    pre = problem(7)[3]
+    mask = random_mask()
+    kept = torch.stack([m & (p >= p[m].sort(descending=True).values[:k].min()) if m.any() else m
+                        for p, m in zip(pre, mask)])  # fmt: skip
+    entries = masked(pre, mask)
+    assert_selects(sparse.at_most(Selection(entries.values, entries.support), k), pre, kept)
+
+
 def test_select_above_gives_up_where_the_first_chunk_is_denser_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W_enc, b_enc, pre = problem(7)
     monkeypatch.setattr(sparse, "CPU_CHUNK_LATENTS", 5)
@@ -200,7 +210,7 @@ def test_shapes_in_signatures_are_checked_at_run_time() -> None:
 
 
 @pytest.mark.parametrize("skew", [1.0, 30.0], ids=["even", "all in the first block"])
-@pytest.mark.parametrize("dict_size, k", [(5000, 8), (1000, 8), (1024, 24), (1024, 25), (3000, 1)])
+@pytest.mark.parametrize("dict_size, k", [(5000, 8), (1000, 8), (1024, 48), (1024, 49), (3000, 1)])
 def test_select_topk_through_group_maxima_is_the_topk(
     monkeypatch: pytest.MonkeyPatch, dict_size: int, k: int, skew: float
 ) -> None:

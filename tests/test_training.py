@@ -1,5 +1,7 @@
 """training.py: schedules by hand, one step against plain torch, and what `train` reads, writes and waits for."""
 
+import platform
+import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
@@ -129,6 +131,7 @@ def test_steps_equal_plain_torch(sae_type: str, max_grad_norm: float, clips: boo
     trainer.optimizer.register_step_pre_hook(
         lambda optimizer, *_: norms.append(
             torch.stack([p.grad.norm() for p in optimizer.param_groups[0]["params"]]).norm().item()
+            / optimizer.grad_scale.item()
         )
     )
     m = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
@@ -254,8 +257,8 @@ def test_an_sae_of_another_stream_is_refused(field: str, value: int) -> None:
 
 
 def test_only_log_steps_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, no_model: None) -> None:
-    """BatchTopK's guess is the one exception, on the CPU alone, where nothing is waited for."""
-    allowed = {"select_batchtopk", "_smallest_kept_in_sample"}
+    """The sparse code looks at its data to choose the faster way: on the CPU alone, where nothing is waited for."""
+    allowed = {"select_batchtopk", "_smallest_kept_in_sample", "select_above"}
     waits: list[tuple[int, str]] = []
     saes = one_of_each(log_freq=4, dead_after_tokens=B)
     for sae in saes:
@@ -278,6 +281,23 @@ def test_only_log_steps_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, no_
     assert {step for step, names in by_step.items() if names} == {4, 8, 10}
     assert by_step[4] == {"_numbers"}
     assert allowed <= {name for _, name in waits}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_kept_for_the_next_tensors() -> None:
+    code = """
+import resource, sys, torch, training
+if sys.argv[1:]: training.keep_freed_memory()
+torch.ones(12_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(12_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = [
+        int(subprocess.run([sys.executable, "-c", code, *given], check=True, capture_output=True, text=True).stdout)
+        for given in ([], ["keep"])
+    ]
+    assert faults[1] < 100 < faults[0]
 
 
 # ---- on a language model ----
