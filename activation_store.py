@@ -6,8 +6,9 @@ The store streams: it holds one buffer of activations, refills the half that has
 import contextlib
 import os
 import random
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ import text
 from config import SITES, Config
 
 MIXED_TOKENS = 1 << 19  # tokens of windows that wait to be mixed
+PREFETCHED = 8  # batches of windows: documents are tokenised many at a time
 TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 
 
@@ -232,10 +234,10 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _prefetch(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same batches, the next one being made in a thread while this one is used (tokenizers release the GIL)."""
+    """The same batches, the next few being made in a thread while one is used (tokenizers release the GIL)."""
     with ThreadPoolExecutor(1, thread_name_prefix="tokens") as executor:
-        pending: Future = executor.submit(next, batches)
+        pending = deque(executor.submit(next, batches) for _ in range(PREFETCHED))
         while True:
-            ready = pending.result()
-            pending = executor.submit(next, batches)
+            ready = pending.popleft().result()
+            pending.append(executor.submit(next, batches))
             yield ready

@@ -61,6 +61,13 @@ class Normalised(NamedTuple):
     mean: Float[Tensor, "batch 1"] | float
 
 
+class GradientMemory(NamedTuple):
+    """Where the gradients of W_enc.t() and W_dec are written, both [dict_size, act_size]; None for fresh memory."""
+
+    W_enc: Tensor | None
+    W_dec: Tensor | None
+
+
 class BaseAutoencoder(nn.Module):
     """What the types share: parameters, normalisation, the decoder, the counters of dead latents.
 
@@ -71,6 +78,8 @@ class BaseAutoencoder(nn.Module):
 
     sae_type: ClassVar[SaeType]
     uses_auxk: ClassVar[bool] = False
+    weighs_norms: ClassVar[bool] = False
+    """Whether the penalty is given the norms of the decoder's rows."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -87,6 +96,7 @@ class BaseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.l1_coeff = cfg.l1_coeff  # what is in force now: training warms it up
+        self._gradient_memory = GradientMemory(None, None)
         self._num_dead: tuple[Tensor, torch.cuda.Event] | None = None  # on a GPU: as counted by the last step
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
         self.register_buffer("input_scale", torch.ones(()))
@@ -104,7 +114,9 @@ class BaseAutoencoder(nn.Module):
         """
         raise NotImplementedError
 
-    def penalty(self, pre: Tensor, acts: Tensor, support: Support | None, batch: int) -> dict[str, Float[Tensor, ""]]:
+    def penalty(
+        self, pre: Tensor, acts: Tensor, support: Support | None, batch: int, norms: Tensor | None
+    ) -> dict[str, Float[Tensor, ""]]:
         """Named loss terms beside the reconstruction's."""
         return {}
 
@@ -126,16 +138,24 @@ class BaseAutoencoder(nn.Module):
             W_enc, W_enc_dead = (w.t() for w in sparse.split_rows(W_enc.t(), dead))
             W_dec, W_dec_dead = sparse.split_rows(W_dec, dead)
 
+        norms = None
+        if self.weighs_norms:
+            W_dec, norms = sparse.with_row_norms(W_dec)
+
+        memory = self._gradient_memory
         if selection is None:
             support = None
             pre = self.dense_pre_activations(z)
+            acts = self.activate(pre, support)
+            decoded = acts @ W_dec
         else:
             support = selection.support
-            pre = sparse.pre_activations(z, W_enc, self.b_enc, self.b_dec, centred, selection)
-        acts = self.activate(pre, support)
-        z_hat = (acts @ W_dec if support is None else sparse.decode(acts, support, W_dec)) + self.b_dec
+            pre = sparse.pre_activations(z, W_enc, self.b_enc, self.b_dec, centred, selection, memory.W_enc)
+            acts = self.activate(pre, support)
+            decoded = sparse.decode(acts, support, W_dec, memory.W_dec)
+        z_hat = decoded + self.b_dec
 
-        losses = {"mse": (z_hat - z).pow(2).mean()} | self.penalty(pre, acts, support, len(z))
+        losses = {"mse": (z_hat - z).pow(2).mean()} | self.penalty(pre, acts, support, len(z), norms)
         if dead is not None and len(dead):
             auxk = self._auxk(z, centred, (z - z_hat).detach(), W_enc_dead, self.b_enc[dead], W_dec_dead)
             losses["auxk"] = self.cfg.aux_penalty * auxk
@@ -260,6 +280,14 @@ class BaseAutoencoder(nn.Module):
         self.b_dec.copy_(z.mean(dim=0))
         self.input_scale.copy_((z - self.b_dec).pow(2).sum(dim=1).mean().sqrt())
 
+    def reuse_gradient_memory(self) -> None:
+        """From now on the weights' gradients are written where the last ones were, for whoever clears these each step.
+
+        Fresh memory of their size costs a CPU more than the gradients: every page of it is a fault.
+        """
+        if not self.W_dec.is_cuda:
+            self._gradient_memory = GradientMemory(*(torch.empty_like(self.W_dec.detach()) for _ in range(2)))
+
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:
         """Remove from W_dec's gradient what would only change the norms of its rows. Before the optimiser step."""
@@ -279,6 +307,7 @@ class VanillaSAE(BaseAutoencoder):
     """ReLU latents and an L1 penalty, weighted by the norms of the decoder rows (which are 1 in training)."""
 
     sae_type = "vanilla"
+    weighs_norms = True
 
     def select(self, centred: Tensor) -> Selection | None:
         return sparse.select_above(centred, self.W_enc, self.b_enc, torch.zeros_like(self.b_enc), sparse.MAX_DENSITY)
@@ -286,9 +315,10 @@ class VanillaSAE(BaseAutoencoder):
     def activate(self, pre: Tensor, support: Support | None) -> Tensor:
         return torch.relu(pre)
 
-    def penalty(self, pre: Tensor, acts: Tensor, support: Support | None, batch: int) -> dict[str, Tensor]:
-        norms = _at(sparse.row_norms(self.W_dec), support)
-        return {"l1": self.l1_coeff * (acts * norms).sum() / batch}
+    def penalty(
+        self, pre: Tensor, acts: Tensor, support: Support | None, batch: int, norms: Tensor | None
+    ) -> dict[str, Tensor]:
+        return {"l1": self.l1_coeff * (acts * _at(norms, support)).sum() / batch}
 
 
 class TopKSAE(BaseAutoencoder):
@@ -415,7 +445,9 @@ class JumpReLUSAE(BaseAutoencoder):
     def activate(self, pre: Tensor, support: Support | None) -> Tensor:
         return _JumpReLU.apply(pre, _at(self.threshold, support), self.eps)
 
-    def penalty(self, pre: Tensor, acts: Tensor, support: Support | None, batch: int) -> dict[str, Tensor]:
+    def penalty(
+        self, pre: Tensor, acts: Tensor, support: Support | None, batch: int, norms: Tensor | None
+    ) -> dict[str, Tensor]:
         fires = _Step.apply(pre, _at(self.threshold, support), self.eps)
         return {"l0": self.l1_coeff * fires.sum() / batch}
 

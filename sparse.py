@@ -36,6 +36,7 @@ GROUP = 16  # pre-activations whose maximum is taken together
 GPU_CHUNK_ELEMENTS = 1 << 27
 MAX_DENSITY = 0.1  # share of latents above which a dense step is faster than a sparse one
 SAMPLE_ROWS = 32  # that tell how dense a batch is
+BAGGED_LATENTS = 1024  # whose gradient is made in a CPU's cache before it is copied into reused memory
 
 
 @dataclass(frozen=True)
@@ -299,10 +300,11 @@ class _PreActivations(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, centred: Tensor, selection: Selection
-    ) -> Float[Tensor, "nnz"]:
+        ctx: FunctionCtx, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, centred: Tensor,
+        selection: Selection, memory: Tensor | None,
+    ) -> Float[Tensor, "nnz"]:  # fmt: skip
         ctx.save_for_backward(centred, W_enc)
-        ctx.support = selection.support
+        ctx.support, ctx.memory = selection.support, memory
         return selection.pre.to(W_enc.dtype)
 
     @staticmethod
@@ -311,13 +313,13 @@ class _PreActivations(torch.autograd.Function):
         centred, W_enc = ctx.saved_tensors
         support: Support = ctx.support
         grad = grad.contiguous()
-        d_W_enc = _bags_by_latent(grad, support, centred).t()
+        d_W_enc = _bags_by_latent(grad, support, centred, ctx.memory).t()
         d_b_enc = torch.zeros_like(W_enc[0]).index_add_(0, support.indices, grad)
         d_b_dec = -(W_enc @ d_b_enc)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = _bags_by_row(grad, support, W_enc.t())
-        return d_x, d_W_enc, d_b_enc, d_b_dec, None, None
+        return d_x, d_W_enc, d_b_enc, d_b_dec, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -325,10 +327,10 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, values: Float[Tensor, "nnz"], W_dec: Float[Tensor, "dict_size act_size"], support: Support
+        ctx: FunctionCtx, values: Tensor, W_dec: Tensor, support: Support, memory: Tensor | None
     ) -> Float[Tensor, "batch act_size"]:
         ctx.save_for_backward(values, W_dec)
-        ctx.support = support
+        ctx.support, ctx.memory = support, memory
         return _bags_by_row(values, support, W_dec)
 
     @staticmethod
@@ -338,8 +340,8 @@ class _Decode(torch.autograd.Function):
         support: Support = ctx.support
         grad = grad.contiguous()
         d_values = _dots(grad, W_dec, support) if ctx.needs_input_grad[0] else None
-        d_W_dec = _bags_by_latent(values, support, grad) if ctx.needs_input_grad[1] else None
-        return d_values, d_W_dec, None
+        d_W_dec = _bags_by_latent(values, support, grad, ctx.memory) if ctx.needs_input_grad[1] else None
+        return d_values, d_W_dec, None, None
 
 
 def pre_activations(
@@ -349,16 +351,26 @@ def pre_activations(
     b_dec: Float[Tensor, "act_size"],
     centred: Float[Tensor, "batch act_size"],
     selection: Selection,
+    memory: Float[Tensor, "dict_size act_size"] | None = None,
 ) -> Float[Tensor, "nnz"]:
-    """The pre-activations of a selection from `centred` = x - b_dec, with gradients to the first four arguments."""
-    return _PreActivations.apply(x, W_enc, b_enc, b_dec, centred, selection)
+    """The pre-activations of a selection from `centred` = x - b_dec, with gradients to the first four arguments.
+
+    W_enc's gradient is written over `memory`, if given: the last gradient made there must be done with.
+    """
+    return _PreActivations.apply(x, W_enc, b_enc, b_dec, centred, selection, memory)
 
 
 def decode(
-    values: Float[Tensor, "nnz"], support: Support, W_dec: Float[Tensor, "dict_size act_size"]
+    values: Float[Tensor, "nnz"],
+    support: Support,
+    W_dec: Float[Tensor, "dict_size act_size"],
+    memory: Float[Tensor, "dict_size act_size"] | None = None,
 ) -> Float[Tensor, "batch act_size"]:
-    """Sum of decoder rows weighted by the latents, without b_dec, with gradients to values and W_dec."""
-    return _Decode.apply(values, W_dec, support)
+    """Sum of decoder rows weighted by the latents, without b_dec, with gradients to values and W_dec.
+
+    W_dec's gradient is written over `memory`, if given: the last gradient made there must be done with.
+    """
+    return _Decode.apply(values, W_dec, support, memory)
 
 
 class _SplitRows(torch.autograd.Function):
@@ -382,25 +394,27 @@ def split_rows(
     return _SplitRows.apply(matrix, chosen)
 
 
-class _RowNorms(torch.autograd.Function):
-    """Norms of a matrix's rows, whose gradient takes one pass over the matrix instead of autograd's four."""
+class _WithRowNorms(torch.autograd.Function):
+    """A matrix, and the norms of its rows, whose gradient is added to the matrix's in place."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, matrix: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, matrix: Tensor) -> tuple[Tensor, Tensor]:
         norms = matrix.norm(dim=1)
         ctx.save_for_backward(matrix, norms)
-        return norms
+        return matrix.view_as(matrix), norms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, d_matrix: Tensor, d_norms: Tensor) -> Tensor:
         matrix, norms = ctx.saved_tensors
-        return matrix * (grad / norms).unsqueeze(1)
+        return d_matrix.addcmul_(matrix, (d_norms / norms).unsqueeze(1))
 
 
-def row_norms(matrix: Float[Tensor, "dict_size act_size"]) -> Float[Tensor, "dict_size"]:
-    """Euclidean norms of rows, none of which may be 0."""
-    return _RowNorms.apply(matrix)
+def with_row_norms(
+    matrix: Float[Tensor, "dict_size act_size"],
+) -> tuple[Float[Tensor, "dict_size act_size"], Float[Tensor, "dict_size"]]:
+    """The matrix, for `decode` alone, and the Euclidean norms of its rows, none of which may be 0."""
+    return _WithRowNorms.apply(matrix)
 
 
 def _bags_by_row(weights: Tensor, support: Support, matrix: Float[Tensor, "dict_size act_size"]) -> Tensor:
@@ -410,10 +424,25 @@ def _bags_by_row(weights: Tensor, support: Support, matrix: Float[Tensor, "dict_
     )
 
 
-def _bags_by_latent(weights: Tensor, support: Support, matrix: Float[Tensor, "batch act_size"]) -> Tensor:
-    """Row j: sum over the entries of latent j of weight * matrix[row]."""
+def _bags_by_latent(
+    weights: Tensor, support: Support, matrix: Float[Tensor, "batch act_size"], memory: Tensor | None
+) -> Float[Tensor, "dict_size act_size"]:
+    """Row j: sum over the entries of latent j of weight * matrix[row]. In `memory`, if given."""
     order, rows, starts = support.by_latent
-    return embedding_bag(rows, matrix, starts, mode="sum", per_sample_weights=weights[order], include_last_offset=True)
+    weights = weights[order]
+
+    def bags(entries: slice, starts: Tensor) -> Tensor:
+        return embedding_bag(
+            rows[entries], matrix, starts, mode="sum", per_sample_weights=weights[entries], include_last_offset=True
+        )
+
+    if memory is None:
+        return bags(slice(None), starts)
+    for latent, block in zip(range(0, len(memory), BAGGED_LATENTS), memory.split(BAGGED_LATENTS)):
+        edges = starts[latent : latent + len(block) + 1]
+        first, last = int(edges[0]), int(edges[-1])
+        block.copy_(bags(slice(first, last), edges - first))
+    return memory.detach()  # a tensor of its own, which autograd makes the parameter's gradient without a copy
 
 
 def _dots(

@@ -1,7 +1,5 @@
 """The training loop: one stream of activations, many SAEs."""
 
-import ctypes
-import platform
 import time
 from collections.abc import Callable
 
@@ -32,18 +30,6 @@ def sparsity_coefficient(cfg: Config, step: int) -> float:
     return cfg.l1_coeff * min(1.0, (step + 1) / warmup if warmup else 1.0)
 
 
-def keep_freed_memory() -> None:
-    """Have this process keep the memory of freed tensors for the next ones, where its allocator is glibc's.
-
-    glibc gives tensors above 32 MB back to the system at once, so that every step would fault the pages of its
-    gradients in anew: a tenth of a step on a CPU.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(parameter, 2**31 - 1)
-
-
 def floor_step(x: Float[Tensor, "batch act_size"], dict_size: int, product_dtype: torch.dtype) -> Callable[[], None]:
     """The least that a training step can cost, ready to be run and timed on x.
 
@@ -71,6 +57,7 @@ class Trainer:
         self.sae, self.cfg = sae, sae.cfg
         # Fused Adam is five times slower on W_enc as it lies, latent by latent: it is given the transposed view.
         self.views = [p.detach() if p.is_contiguous() else p.detach().t() for p in sae.parameters()]
+        sae.reuse_gradient_memory()
         self.optimizer = torch.optim.Adam(self.views, lr=sae.cfg.lr, betas=(sae.cfg.beta1, sae.cfg.beta2), fused=True)
 
     def step(self, x: Float[Tensor, "batch act_size"], step: int) -> SAEOutput:
@@ -101,7 +88,6 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
     to `log`, if there is one, every log_freq, perf_log_freq and checkpoint_freq steps of the store's Config and at the
     end. Raises ValueError when the SAEs do not share the store's stream.
     """
-    keep_freed_memory()
     cfg = store.cfg
     for sae in saes:
         if sae.cfg.stream != cfg.stream:

@@ -44,14 +44,14 @@ class Options:
     dict_size: tuple[int, ...] = (12288,)
     top_k: int = 32
     batch_size: int = 2048
-    product_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of our steps; the floor's is always float32."""
+    product_dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Of our steps. All are compared with the floor in float32."""
     device: str = "cpu"
     repeats: int = 9
     auxk: bool = True
     """Also time TopK and BatchTopK with a tenth of the latents dead."""
     dense: bool = True
-    """Also time the dense reference, which needs several [batch, dict_size] tensors."""
+    """Also time the dense reference (float32), which needs several [batch, dict_size] tensors."""
     peers: bool = True
     """Also time the libraries of requirements-bench.txt that are installed."""
     memory: bool = True
@@ -61,11 +61,11 @@ class Options:
     """Used by the benchmark itself: print the peak memory of one step of this type and stop."""
 
 
-def config(options: Options, sae_type: SaeType, dict_size: int) -> Config:
+def config(options: Options, sae_type: SaeType, dict_size: int, product_dtype: str = "float32") -> Config:
     return Config(
         sae_type=sae_type, act_size=options.act_size, dict_size=dict_size, top_k=options.top_k, device=options.device,
         batch_size=options.batch_size, num_tokens=1000 * options.batch_size, lr=1e-6, l1_coeff=1e-3, bandwidth=1e-3,
-        top_k_aux=512, product_dtype=options.product_dtype, dead_after_tokens=10**12, input_unit_norm=False,
+        top_k_aux=512, product_dtype=product_dtype, dead_after_tokens=10**12, input_unit_norm=False,
     )  # fmt: skip
 
 
@@ -120,27 +120,31 @@ def our_step(of: Trainer, batch: Callable[[], Tensor]) -> Callable[[], None]:
     return run
 
 
-def benchmark(options: Options, dict_size: int) -> dict[str, list[float]]:
+def benchmark(options: Options, dict_size: int) -> dict[tuple[str, str], list[float]]:
+    """Seconds by product_dtype and name of the step."""
     batches = itertools.cycle(activations(options))
     x = next(batches)
-    contenders: dict[str, Callable[[], None]] = {"floor": floor_step(x, dict_size, torch.float32)}
-    for sae_type in options.sae_type:
-        cfg = config(options, sae_type, dict_size)
-        contenders[sae_type] = our_step(trainer(cfg, x), lambda: next(batches))
+    contenders: dict[tuple[str, str], Callable[[], None]] = {}
+    for dtype in dict.fromkeys(("float32", *options.product_dtype)):
+        contenders[dtype, "floor"] = floor_step(x, dict_size, getattr(torch, dtype))
+    for dtype, sae_type in itertools.product(options.product_dtype, options.sae_type):
+        cfg = config(options, sae_type, dict_size, dtype)
+        contenders[dtype, sae_type] = our_step(trainer(cfg, x), lambda: next(batches))
         if options.auxk and sae_type in ("topk", "batchtopk"):
-            contenders[f"{sae_type}, 10% dead"] = our_step(trainer(cfg, x, DEAD_SHARE), lambda: next(batches))
-        if options.dense:
-            contenders[f"{sae_type}, dense"] = our_step(dense(trainer(cfg, x), x), lambda: next(batches))
+            contenders[dtype, f"{sae_type}, 10% dead"] = our_step(trainer(cfg, x, DEAD_SHARE), lambda: next(batches))
+        if options.dense and dtype == "float32":
+            contenders[dtype, f"{sae_type}, dense"] = our_step(dense(trainer(cfg, x), x), lambda: next(batches))
     if options.peers:
-        contenders |= peers.steps(options.act_size, dict_size, options.top_k, x)
+        for name, run in peers.steps(options.act_size, dict_size, options.top_k, x).items():
+            contenders["float32", name] = run
     return interleaved(contenders, options.repeats, x.device)
 
 
 def measure_memory(options: Options) -> int:
     """Bytes beyond parameters, gradients and Adam's state at the peak of a step."""
-    (sae_type,), (dict_size,) = options.measure_memory, options.dict_size
+    (sae_type,), (dict_size,), (dtype,) = options.measure_memory, options.dict_size, options.product_dtype
     batches = activations(options)
-    of = trainer(config(options, sae_type, dict_size), batches[0])
+    of = trainer(config(options, sae_type, dict_size, dtype), batches[0])
     if options.device != "cpu":
         of.step(batches[0], 500)
         before = torch.cuda.memory_allocated()
@@ -149,14 +153,12 @@ def measure_memory(options: Options) -> int:
         gradients = sum(p.numel() * p.element_size() for p in of.sae.parameters())
         return torch.cuda.max_memory_allocated() - before - gradients
     # A process's peak is kept for ever: fill what a step keeps by hand, then see how much further the peak rises.
+    matrices = iter(of.sae._gradient_memory)
     for view in of.views:
-        view.grad = torch.ones_like(view)
+        view.grad = next(matrices).fill_(1) if view.ndim == 2 else torch.ones_like(view)
     of.optimizer.step()
     kept = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak, too, starts from here
-    gradients = [view.grad for view in of.views]
-    of.optimizer.zero_grad()
-    del gradients, view
     for batch in batches:
         of.step(batch, 500)
     return _memory("VmHWM") - kept
@@ -168,12 +170,12 @@ def _memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak_memory(options: Options, sae_type: SaeType, dict_size: int) -> int:
+def peak_memory(options: Options, sae_type: SaeType, dict_size: int, dtype: str) -> int:
     """measure_memory in a process of its own."""
     command = [
         sys.executable, __file__, "--measure-memory", sae_type, "--dict-size", str(dict_size),
         "--act-size", str(options.act_size), "--batch-size", str(options.batch_size), "--top-k", str(options.top_k),
-        "--device", options.device, "--product-dtype", options.product_dtype,
+        "--device", options.device, "--product-dtype", dtype,
     ]  # fmt: skip
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -186,23 +188,27 @@ def main(options: Options) -> None:
     print(
         f"{where}\nact_size {options.act_size}, batch {options.batch_size}, k {options.top_k}, L0 {L0} of vanilla and"
     )
-    print(f"jumprelu, {options.product_dtype} products; milliseconds: median (range)")
+    print("jumprelu; milliseconds: median (range); multiples of the floor in float32")
     rows, figures = [], []
     for dict_size in options.dict_size:
         seconds = benchmark(options, dict_size)
-        base = median(seconds["floor"])
-        for name, times in seconds.items():
-            memory = peak_memory(options, name, dict_size) if options.memory and name in options.sae_type else None
+        base = median(seconds["float32", "floor"])
+        for (dtype, name), times in seconds.items():
+            measured = options.memory and name in options.sae_type
+            memory = peak_memory(options, name, dict_size, dtype) if measured else None
             rows.append(
                 {
                     "dict_size": str(dict_size),
+                    "product": dtype,
                     "step": name,
                     "ms": spread(times),
                     "x floor": f"{median(times) / base:.2f}",
                     "peak MB": "" if memory is None else f"{memory / 1e6:.0f}",
                 }
             )
-            figures.append({"dict_size": dict_size, "step": name, "seconds": times, "peak_bytes": memory})
+            figures.append(
+                {"dict_size": dict_size, "product_dtype": dtype, "step": name, "seconds": times, "peak_bytes": memory}
+            )
     print_table(rows)
     write_json(options.json, {"machine": where, "figures": figures})
 

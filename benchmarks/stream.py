@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from timing import interleaved, machine, median, print_table, spread, write_json
+from timing import interleaved, machine, median, print_table, write_json
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.utils.logging import disable_progress_bar
 
@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this
 
 from activation_store import TINY_LM, ActivationsStore, check_model, load_model
 from config import Config, Dtype
+
+SERVED_BATCHES, PASSES = 6, 6  # in one timed run, of the store and of the bare model
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Options:
     batch_size: int = 2048
     dtype: Dtype = "float32"
     device: str = "cpu"
-    repeats: int = 7
+    repeats: int = 5
     json: Path | None = None
-    """File for the figures, in seconds."""
+    """File for the figures, in tokens and seconds."""
 
 
 def random_gpt2(folder: str, options: Options) -> None:
@@ -69,7 +71,7 @@ def main(options: Options) -> None:
     device = torch.device(options.device)
     where = machine(device)
     print(f"{where}\n{options.n_layer} blocks of width {options.n_embd}, blocks.{options.layer}.hook_resid_pre,")
-    print(f"{options.model_batch_size} windows of {options.seq_len} tokens, {options.dtype}; ms: median (range)")
+    print(f"{options.model_batch_size} windows of {options.seq_len} tokens, {options.dtype}; median (range)")
     with tempfile.TemporaryDirectory() as folder:
         random_gpt2(folder, options)
         cfg = check_model(
@@ -80,31 +82,31 @@ def main(options: Options) -> None:
             )
         )  # fmt: skip
         store = ActivationsStore(load_model(cfg), cfg)
-        store.next_batch()
-        window_tokens = cfg.model_batch_size * cfg.seq_len
+        read: list[int] = []
 
-        def refill() -> None:
-            """Serve batches until the store has read half a buffer of new tokens."""
-            until = store.tokens_seen + window_tokens * cfg.num_batches_in_buffer // 2
-            while store.tokens_seen < until:
+        def serve() -> None:
+            before = store.tokens_seen
+            for _ in range(SERVED_BATCHES):
                 store.next_batch()
+            read.append(store.tokens_seen - before)
 
-        passes = cfg.num_batches_in_buffer // 2
-        bare = {a: bare_forward(folder, cfg, a) for a in ("eager", "sdpa")}
-        contenders = {"store": refill} | {
-            f"bare forward, {a}": lambda run=run: [run() for _ in range(passes)] and None for a, run in bare.items()
-        }
+        def bare(attention: str) -> Callable[[], None]:
+            run = bare_forward(folder, cfg, attention)
+            return lambda: [run() for _ in range(PASSES)] and None
+
+        contenders = {"store": serve} | {f"bare forward, {a}": bare(a) for a in ("eager", "sdpa")}
         seconds = interleaved(contenders, options.repeats, device)
-    tokens = window_tokens * passes
-    base = median(seconds["bare forward, eager"])
+    passed = PASSES * cfg.model_batch_size * cfg.seq_len
+    tokens = {name: read[1:] if name == "store" else [passed] * options.repeats for name in seconds}  # after warming up
+    rates = {name: [n / s for n, s in zip(tokens[name], times)] for name, times in seconds.items()}
+    base = median(rates["bare forward, eager"])
     rows = [
         {
             "": name,
-            "ms": spread(times),
-            "tokens/s": f"{tokens / median(times):,.0f}",
-            "speed, bare eager = 1": f"{base / median(times):.2f}",
+            "tokens/s": f"{median(rate):,.0f} ({min(rate):,.0f}-{max(rate):,.0f})",
+            "bare eager = 1": f"{median(rate) / base:.2f}",
         }
-        for name, times in seconds.items()
+        for name, rate in rates.items()
     ]
     print_table(rows)
     write_json(options.json, {"machine": where, "tokens": tokens, "seconds": seconds})

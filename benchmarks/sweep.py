@@ -6,6 +6,7 @@ python benchmarks/sweep.py --sweep gpt2 --device cuda
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,17 +42,30 @@ def main(options: Options) -> None:
         f"{where}\nsweep {options.sweep}: {len(cfgs)} SAEs, {options.steps} steps of {cfgs[0].batch_size} activations"
     )
     model = load_model(cfgs[0])
-    seconds: dict[str, list[float]] = {"sweep": [], "model alone": [], "steps alone": []}
+    seconds: dict[str, list[float]] = {"sweep": [], "model alone": [], "steps alone": [], "sweep waits for text": []}
     for _ in range(options.repeats):
-        seconds["sweep"].append(run(options, cfgs, ActivationsStore(model, cfgs[0]), device))
+        store = ActivationsStore(model, cfgs[0])
+        waits: list[float] = []
+        store._token_batches = timed(store._token_batches, waits)
+        seconds["sweep"].append(run(options, cfgs, store, device))
+        seconds["sweep waits for text"].append(sum(waits[1:]))  # nothing can be done before the first
         seconds["model alone"].append(run(options, [], ActivationsStore(model, cfgs[0]), device))
         recorded = ActivationsStore(model, cfgs[0])
         batches = [recorded.next_batch() for _ in range(options.steps)]
         seconds["steps alone"].append(sum(train_alone(cfg, batches, device) for cfg in cfgs))
     parts = median(seconds["model alone"]) + median(seconds["steps alone"])
-    rows = [{"": name, "s": f"{median(times):.1f}"} for name, times in seconds.items()]
+    rows = [{"": name, "s": f"{median(times):.2f}"} for name, times in seconds.items()]
     print_table([*rows, {"": "sweep / parts", "s": f"{median(seconds['sweep']) / parts:.3f}"}])
     write_json(options.json, {"machine": where, "seconds": seconds})
+
+
+def timed(batches: Iterator[torch.Tensor], waits: list[float]) -> Iterator[torch.Tensor]:
+    """The same batches; the seconds that each was waited for go to `waits`."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches)
+        waits.append(time.perf_counter() - start)
+        yield batch
 
 
 def run(options: Options, cfgs: list, store: ActivationsStore, device: torch.device) -> float:

@@ -280,8 +280,10 @@ def test_a_batch_is_the_caller_s_to_keep(corpus: Path, lm: SimpleNamespace, read
 
 
 def test_starting_over_reshuffles_and_says_so_once(
-    corpus: Path, lm: SimpleNamespace, reads: list[Tensor], capsys: pytest.CaptureFixture
-) -> None:
+    corpus: Path, lm: SimpleNamespace, reads: list[Tensor], capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(activation_store, "PREFETCHED", 1)
     cfg = config(corpus)
     store = ActivationsStore(lm, cfg)
     count = len(expected_windows(cfg, lm, held_out=False))
