@@ -1,7 +1,7 @@
 """Time and memory of one training step, against the least it can cost and against other libraries.
 
-    python benchmarks/step.py                                    # 2 cores: about 5 minutes
-    python benchmarks/step.py --dict-size 98304 --sae-type topk
+    python benchmarks/step.py                                    # 2 cores: about 3 minutes
+    python benchmarks/step.py --dict-size 98304 --sae-type topk  # each row takes 2.4 GB
     python benchmarks/step.py --device cuda --batch-size 4096 --json step.json
 
 The floor is one encoder product into a reused buffer and one fused Adam step over W_enc and W_dec: no step that trains

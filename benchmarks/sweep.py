@@ -1,6 +1,6 @@
 """Wall time of a sweep on one stream, against its parts: one pass of the model and each SAE's steps measured alone.
 
-python benchmarks/sweep.py                        # the tiny sweep's 12 SAEs, 60 steps: about 2 minutes on 2 cores
+python benchmarks/sweep.py                        # the tiny sweep's 12 SAEs, 60 steps: about 6 minutes on 2 cores
 python benchmarks/sweep.py --sweep gpt2 --device cuda
 """
 
