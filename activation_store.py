@@ -5,26 +5,26 @@ The store streams: it holds one buffer of activations, refills the half that has
 
 import contextlib
 import os
-import random
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-import text
 from config import SITES, Config
+from text import TextPosition, TextStream, load_documents, token_windows
 
-MIXED_TOKENS = 1 << 19  # tokens of windows that wait to be mixed
+COPIED_ROWS = 1 << 16  # at a time from a GPU
 PREFETCHED = 8  # batches of windows: documents are tokenised many at a time
 TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 
@@ -105,14 +105,26 @@ def ordinary_positions(
     return ordinary
 
 
+@dataclass(frozen=True)
+class _Progress:
+    """What a store has read."""
+
+    text: TextPosition | None  # None before the first batch of windows
+    spill: Float[Tensor, "rows act_size"]  # rows that found no slot yet
+    row_sum: Float[Tensor, "act_size"]  # of all rows so far
+    rows: int
+    tokens_seen: int
+
+
 class ActivationsStore:
     """Activations of a model's hook on the training text, in shuffled batches, and its held-out text for evaluation.
 
     The buffer holds num_batches_in_buffer batches of the model. Once half of it has been read, that half is refilled
-    and the unread rows of old and new are shuffled together. Deterministic in cfg.seed.
+    and the unread rows of old and new are shuffled together. Deterministic in cfg.seed; a store made with the `state`
+    of another serves on where that one stood.
     """
 
-    def __init__(self, model: TransformerBridge, cfg: Config) -> None:
+    def __init__(self, model: TransformerBridge, cfg: Config, state: dict[str, Any] | None = None) -> None:
         assert cfg.act_size is not None, "cfg.act_size is unknown: use check_model(cfg)"
         self.model, self.cfg = model, cfg
         self.capacity = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
@@ -123,21 +135,42 @@ class ActivationsStore:
                 f" {-(-2 * cfg.batch_size // (cfg.model_batch_size * (cfg.seq_len - 1)))}"
             )
         device = cfg.torch_device
-        self._rng = torch.Generator().manual_seed(cfg.seed)
-        self._token_batches = _prefetch(_training_token_batches(cfg, model.tokenizer))
+        self._check_memory()
         self._buffer = torch.empty(self.capacity, cfg.act_size, dtype=cfg.torch_dtype, device=device)
-        self._order = torch.arange(
-            self.capacity, device=device
-        )  # slots in the order they are served; those before _served are free
-        self._served = self.capacity
-        self._spill = torch.empty(0, cfg.act_size, dtype=cfg.torch_dtype, device=device)  # rows that found no slot yet
-        self._row_sum = torch.zeros(cfg.act_size, dtype=torch.float64, device=device)
-        self._rows = 0
-        self.tokens_seen = 0
-        """Tokens the language model has read for training, special ones included."""
+        self._rng = torch.Generator().manual_seed(cfg.seed)
+        if state is None:
+            # Slots in the order they are served; those before _served are free.
+            self._order = torch.arange(self.capacity, device=device)
+            self._served = self.capacity
+            self._progress = _Progress(
+                text=None,
+                spill=self._buffer[:0],
+                row_sum=torch.zeros(cfg.act_size, dtype=torch.float64, device=device),
+                rows=0,
+                tokens_seen=0,
+            )
+        else:
+            self._order = state["order"].to(device)
+            self._served = self.capacity - len(state["unread"])
+            self._buffer[self._order[self._served :]] = state["unread"].to(device)
+            self._rng.set_state(state["rng"])
+            self._progress = _Progress(
+                text=TextPosition.from_state(state["text"]),
+                spill=state["spill"].to(device),
+                row_sum=state["row_sum"].to(device),
+                rows=state["rows"],
+                tokens_seen=state["tokens_seen"],
+            )
+        stream = TextStream(
+            cfg.dataset_path, cfg.dataset_name, model.tokenizer, cfg.seq_len, cfg.seed, self._progress.text
+        )
+        self._token_batches = _prefetch(stream, cfg.model_batch_size)
 
     def next_batch(self) -> Float[Tensor, "batch_size act_size"]:
-        """The next cfg.batch_size rows, in the model's dtype, on its device. A copy: the caller may keep it."""
+        """The next cfg.batch_size rows, in the model's dtype, on its device. A copy: the caller may keep it.
+
+        Where this raises, `state` is still what it was after the batch before.
+        """
         if self._served > 0 and self._served + self.cfg.batch_size > self.capacity // 2:
             self._refill()
         slots = self._order[self._served : self._served + self.cfg.batch_size]
@@ -145,87 +178,99 @@ class ActivationsStore:
         return self._buffer[slots]
 
     @property
+    def state(self) -> dict[str, Any]:
+        """All that the next batches depend on, once a first one was served: CPU tensors, and what JSON can hold."""
+        progress = self._progress
+        assert progress.text is not None, "nothing read yet"
+        return {
+            "order": self._order.cpu(),
+            "unread": torch.cat(
+                [self._buffer[slots].cpu() for slots in self._order[self._served :].split(COPIED_ROWS)]
+            ),
+            "rng": self._rng.get_state(),
+            "text": progress.text.to_state(),
+            "spill": progress.spill.cpu(),
+            "row_sum": progress.row_sum.cpu(),
+            "rows": progress.rows,
+            "tokens_seen": progress.tokens_seen,
+        }
+
+    @property
     def mean(self) -> Float[Tensor, "act_size"]:
         """Mean of all training activations so far."""
-        return (self._row_sum / self._rows).to(torch.float32)
+        return (self._progress.row_sum / self._progress.rows).to(torch.float32)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens the language model has read for training, special ones included."""
+        return self._progress.tokens_seen
 
     def held_out_tokens(self) -> Int[Tensor, "window pos"]:
         """The first cfg.eval_windows windows of the held-out text: the same ones whenever asked."""
-        windows = list(islice(_windows(self.cfg, self.model.tokenizer, held_out=True), self.cfg.eval_windows))
+        cfg = self.cfg
+        documents = load_documents(cfg.dataset_path, cfg.dataset_name, held_out=True)
+        windows = list(islice(token_windows(documents, self.model.tokenizer, cfg.seq_len), cfg.eval_windows))
         if not windows:
-            raise ValueError(
-                f"dataset_path = {self.cfg.dataset_path!r}: the held-out tenth has no {self.cfg.seq_len} tokens"
-            )
+            raise ValueError(f"dataset_path = {cfg.dataset_path!r}: the held-out tenth has no {cfg.seq_len} tokens")
         return torch.stack(windows)
+
+    def _check_memory(self) -> None:
+        """Refuse a buffer that does not fit, before the system kills the process for it."""
+        cfg = self.cfg
+        needed = self.capacity * cfg.act_size * cfg.torch_dtype.itemsize
+        free = _free_memory(cfg.torch_device)
+        if needed > free:
+            raise ValueError(
+                f"num_batches_in_buffer = {cfg.num_batches_in_buffer}: the buffer takes {needed / 1e9:.1f} GB, of which"
+                f" {free / 1e9:.1f} GB are free; give at most {cfg.num_batches_in_buffer * free // needed}, or lower"
+                f" model_batch_size = {cfg.model_batch_size}"
+            )
 
     def _refill(self) -> None:
         """Write new rows into the slots already served, then shuffle all unread rows."""
         free = self._order[: self._served]
         filled = 0
+        progress = self._progress
         while filled < len(free):
-            rows = self._spill if len(self._spill) else self._new_rows()
+            if not len(progress.spill):
+                progress = self._new_rows(progress)
+            rows = progress.spill
             fits = min(len(rows), len(free) - filled)
-            slots = free[filled : filled + fits]
-            self._buffer[slots] = rows[:fits]
-            self._spill = rows[fits:]
+            self._buffer[free[filled : filled + fits]] = rows[:fits]
+            progress = replace(progress, spill=rows[fits:])
             filled += fits
+        # Only now: had reading failed above, all would still be as it was.
         self._order = _send(torch.randperm(self.capacity, generator=self._rng), self._buffer.device)
-        self._served = 0
+        self._served, self._progress = 0, progress
 
-    def _new_rows(self) -> Float[Tensor, "rows act_size"]:
-        """Activations of the next batch of windows at ordinary positions."""
-        tokens = next(self._token_batches)
+    def _new_rows(self, progress: _Progress) -> _Progress:
+        """The progress after one more batch of windows, whose activations at ordinary positions are in `spill`."""
+        tokens, position = next(self._token_batches)
         kept = ordinary_positions(tokens, self.model.tokenizer).flatten().nonzero().squeeze(1)
         device = self._buffer.device
-        acts = record(self.model, _send(tokens, device), self.cfg.hook_point).flatten(0, 1)
+        try:
+            acts = record(self.model, _send(tokens, device), self.cfg.hook_point).flatten(0, 1)
+        except torch.OutOfMemoryError as error:
+            size = self.cfg.model_batch_size
+            raise ValueError(
+                f"model_batch_size = {size}: out of memory on {device}; give {max(1, size // 2)}, or lower seq_len ="
+                f" {self.cfg.seq_len} or num_batches_in_buffer = {self.cfg.num_batches_in_buffer}"
+            ) from error
         rows = acts[_send(kept, device)]
-        self._row_sum += rows.sum(dim=0, dtype=torch.float64)
-        self._rows += len(rows)
-        self.tokens_seen += tokens.numel()
-        return rows
+        return _Progress(
+            text=position,
+            spill=rows,
+            row_sum=progress.row_sum + rows.sum(dim=0, dtype=torch.float64),
+            rows=progress.rows + len(rows),
+            tokens_seen=progress.tokens_seen + tokens.numel(),
+        )
 
 
-# Functions, not methods: a generator that held the store would keep its buffer alive when the store is dropped.
-
-
-def _windows(
-    cfg: Config, tokenizer: PreTrainedTokenizerBase, *, held_out: bool, epoch: int = 0
-) -> Iterator[Int[Tensor, "pos"]]:
-    documents = text.load_documents(
-        cfg.dataset_path, cfg.dataset_name, held_out=held_out, seed=0 if held_out else cfg.seed
-    )
-    documents.set_epoch(epoch)
-    return text.token_windows(documents, tokenizer, cfg.seq_len)
-
-
-def _training_token_batches(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Int[Tensor, "window pos"]]:
-    epoch = 0
-    while True:
-        rng = random.Random(f"{cfg.seed} {epoch}")
-        windows = _mixed(_windows(cfg, tokenizer, held_out=False, epoch=epoch), MIXED_TOKENS // cfg.seq_len, rng)
-        count = 0
-        while batch := list(islice(windows, cfg.model_batch_size)):
-            count += len(batch)
-            yield torch.stack(batch)
-        if count == 0:
-            raise ValueError(f"dataset_path = {cfg.dataset_path!r}: no {cfg.seq_len} tokens of training text")
-        if epoch == 0:
-            tokens = count * cfg.seq_len
-            tqdm.write(f"all {tokens:,} training tokens of {cfg.dataset_path} read: starting over, reshuffled")
-        epoch += 1
-
-
-def _mixed(windows: Iterator[Int[Tensor, "pos"]], pool_size: int, rng: random.Random) -> Iterator[Int[Tensor, "pos"]]:
-    """The same windows in another order: each waits in a pool for a random time. A long document is many windows in a
-    row, of which the buffer of activations alone would hold too large a share.
-    """
-    pool = list(islice(windows, max(1, pool_size)))
-    for window in windows:
-        chosen = rng.randrange(len(pool))
-        yield pool[chosen]
-        pool[chosen] = window
-    rng.shuffle(pool)
-    yield from pool
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -233,11 +278,17 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _prefetch(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same batches, the next few being made in a thread while one is used (tokenizers release the GIL)."""
+def _prefetch(stream: TextStream, windows: int) -> Iterator[tuple[Int[Tensor, "window pos"], TextPosition]]:
+    """Batches of the stream, and its position after each, the next few being made in a thread (tokenizers release the
+    GIL).
+    """
+
+    def batch() -> tuple[Tensor, TextPosition]:
+        return stream.next_windows(windows), stream.position
+
     with ThreadPoolExecutor(1, thread_name_prefix="tokens") as executor:
-        pending = deque(executor.submit(next, batches) for _ in range(PREFETCHED))
+        pending = deque(executor.submit(batch) for _ in range(PREFETCHED))
         while True:
             ready = pending.popleft().result()
-            pending.append(executor.submit(next, batches))
+            pending.append(executor.submit(batch))
             yield ready

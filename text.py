@@ -6,17 +6,24 @@ tokens already. One document in ten is held out for evaluation, by a hash that n
 
 import glob
 import hashlib
+import logging
 import os
+import random
 import sysconfig
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import IterableDataset, load_dataset
 from jaxtyping import Int
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 STDLIB = "python-stdlib"
@@ -24,8 +31,12 @@ TEXT_COLUMNS = ("text", "content")
 TOKEN_COLUMNS = ("tokens", "input_ids")
 LOCAL_SUFFIXES = (".py", ".txt", ".jsonl", ".parquet")
 LINES_PER_DOCUMENT = 128  # of a .txt file, which may be one huge corpus
-SHUFFLE_DOCUMENTS = 1000
-TOKENISE_DOCUMENTS = 64
+TOKENISED_DOCUMENTS = 64  # at a time
+MIXED_TOKENS = 1 << 19  # tokens of windows that wait to be mixed
+READ_ATTEMPTS = 5
+
+# It warns that a shuffle buffer is not in a data set's state. Ours holds one document, and is empty between two.
+logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
 
 
 def is_held_out(key: str) -> bool:
@@ -66,7 +77,7 @@ def local_files(dataset_path: str) -> list[Path]:
 def load_documents(
     dataset_path: str, dataset_name: str | None = None, *, held_out: bool, seed: int = 0
 ) -> IterableDataset:
-    """Stream the training or the held-out documents of a data set, shuffled by `seed` and the epoch.
+    """Stream the training or the held-out documents of a data set, its files shuffled by `seed` and the epoch.
 
     Source files (.py) are documents, held out by their path relative to the folder they share; every other
     row (128 lines of a .txt file, a row of .jsonl, .parquet or the Hub) is held out by its content.
@@ -85,7 +96,7 @@ def load_documents(
                 f"dataset_path {dataset_path!r}: {len(files)} files leave none for the {split} part; add files"
             )
         dataset = IterableDataset.from_generator(_file_documents, gen_kwargs={"files": kept})
-        return dataset.shuffle(seed=seed, buffer_size=SHUFFLE_DOCUMENTS)
+        return dataset.shuffle(seed=seed, buffer_size=1)
 
     if suffix == ".txt":
         dataset = IterableDataset.from_generator(_file_documents, gen_kwargs={"files": [str(p) for p in files]})
@@ -112,7 +123,7 @@ def load_documents(
             dataset = dataset.rename_column(column, kind)
         column = kind
     dataset = dataset.filter(lambda row: row[column] is not None and is_held_out(str(row[column])) == held_out)
-    return dataset.shuffle(seed=seed, buffer_size=SHUFFLE_DOCUMENTS)
+    return dataset.shuffle(seed=seed, buffer_size=1)
 
 
 def _load(builder: str, files: list[Path] | None = None, **options: object) -> IterableDataset:
@@ -146,6 +157,35 @@ def bos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
+class _Packer:
+    """Packs documents into windows: each starts with BOS, each document ends with EOS, no token is lost."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
+        self.tokenizer, self.seq_len = tokenizer, seq_len
+        self.bos = bos_token_id(tokenizer)
+        self.pending: list[int] = []  # fewer than a window of them
+
+    def pack(self, documents: list[dict]) -> Int[Tensor, "window seq_len"]:
+        """The windows that these documents complete.
+
+        Raises ValueError when a row is neither a string nor a list of ids of the tokenizer's vocabulary.
+        """
+        eos, vocab_size = self.tokenizer.eos_token_id, len(self.tokenizer)
+        for tokens in _tokenised(documents, self.tokenizer):
+            if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                raise ValueError(
+                    f"token {max(tokens) if min(tokens) >= 0 else min(tokens)} is outside the vocabulary of"
+                    f" {vocab_size} of {self.tokenizer.name_or_path!r}; the data set was tokenised for another model"
+                )
+            self.pending.extend(tokens)
+            if eos is not None:
+                self.pending.append(eos)
+        full = len(self.pending) // (self.seq_len - 1) * (self.seq_len - 1)
+        windows = torch.tensor(self.pending[:full], dtype=torch.int64).view(-1, self.seq_len - 1)
+        del self.pending[:full]
+        return torch.cat([windows.new_full((len(windows), 1), self.bos), windows], dim=1)
+
+
 def token_windows(
     documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> Iterator[Int[Tensor, "seq_len"]]:
@@ -154,41 +194,181 @@ def token_windows(
     No token is lost but the rest, shorter than a window, at the end of the last document.
     Raises ValueError when a row is neither a string nor a list of ids of the tokenizer's vocabulary.
     """
-    bos, eos = bos_token_id(tokenizer), tokenizer.eos_token_id
-    separator = [] if eos is None else [eos]
-    vocab_size = len(tokenizer)
-    pending: list[int] = []
-    for tokens in _tokenised(documents, tokenizer):
-        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+    packer, documents = _Packer(tokenizer, seq_len), iter(documents)
+    while some := list(islice(documents, TOKENISED_DOCUMENTS)):
+        yield from packer.pack(some)
+
+
+def _tokenised(documents: list[dict], tokenizer: PreTrainedTokenizerBase) -> Iterable[list[int]]:
+    if "tokens" in documents[0]:
+        for tokens in (document["tokens"] for document in documents):
+            if not all(isinstance(token, Integral) for token in tokens[:1]):
+                raise ValueError(f"tokens start with {tokens[0]!r}; the column must hold lists of ids")
+            yield tokens
+        return
+    texts = [document["text"] for document in documents]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a text is {text!r}; the column must hold strings")
+    yield from tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+@dataclass(frozen=True)
+class TextPosition:
+    """Where a TextStream stands: all that its next windows depend on."""
+
+    epoch: int
+    documents: dict[str, Any]  # state of the data set, ready for JSON
+    pending: list[int]
+    packed: list[Int[Tensor, "seq_len"]]
+    pool: list[Int[Tensor, "seq_len"]]
+    rng: tuple
+    all_read: bool
+    windows: int
+
+    def to_state(self) -> dict[str, Any]:
+        """As tensors and what JSON can hold."""
+        return {
+            "epoch": self.epoch,
+            "documents": self.documents,
+            "pending": torch.tensor(self.pending, dtype=torch.int32),
+            "packed": torch.stack(self.packed).int() if self.packed else torch.empty(0, 0),
+            "pool": torch.stack(self.pool).int() if self.pool else torch.empty(0, 0),
+            "rng": torch.tensor(self.rng[1]),
+            "all_read": self.all_read,
+            "windows": self.windows,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "TextPosition":
+        version, _, gauss = random.Random(0).getstate()
+        return cls(
+            epoch=state["epoch"],
+            documents=state["documents"],
+            pending=state["pending"].tolist(),
+            packed=list(state["packed"].long()),
+            pool=list(state["pool"].long()),
+            rng=(version, tuple(state["rng"].tolist()), gauss),
+            all_read=state["all_read"],
+            windows=state["windows"],
+        )
+
+
+class TextStream:
+    """The training text as windows of tokens, epoch after epoch, each in another order, from `seed`.
+
+    Every window waits in a pool for a random time: a long document is many windows in a row, which a buffer of
+    activations alone would serve too close together. A stream made with the `position` of another continues it exactly.
+    """
+
+    def __init__(
+        self,
+        dataset_path: str,
+        dataset_name: str | None,
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int,
+        seed: int,
+        position: TextPosition | None = None,
+    ) -> None:
+        self._dataset_path, self._dataset_name, self._seed = dataset_path, dataset_name, seed
+        self._packer = _Packer(tokenizer, seq_len)
+        self._pool_size = max(1, MIXED_TOKENS // seq_len)
+        self._begin(0 if position is None else position.epoch)
+        if position is not None:
+            self._documents.load_state_dict(position.documents)
+            self._packer.pending = list(position.pending)
+            self._packed, self._pool = deque(position.packed), list(position.pool)
+            self._rng.setstate(position.rng)
+            self._all_read, self._windows = position.all_read, position.windows
+
+    @property
+    def position(self) -> TextPosition:
+        return TextPosition(
+            epoch=self._epoch,
+            documents=self._documents.state_dict(),
+            pending=list(self._packer.pending),
+            packed=list(self._packed),
+            pool=list(self._pool),
+            rng=self._rng.getstate(),
+            all_read=self._all_read,
+            windows=self._windows,
+        )
+
+    def next_windows(self, count: int) -> Int[Tensor, "count seq_len"]:
+        """The next windows.
+
+        Raises: ValueError when the whole text is not one window, or a row is not text or tokens; OSError when the text
+        cannot be read, even after several attempts.
+        """
+        return torch.stack([self._next() for _ in range(count)])
+
+    def _begin(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._documents = load_documents(self._dataset_path, self._dataset_name, held_out=False, seed=self._seed)
+        self._documents.set_epoch(epoch)
+        self._unread: Iterator[dict] | None = None  # to be begun where the documents' state says
+        self._rng = random.Random(f"{self._seed} {epoch}")
+        self._packer.pending = []
+        self._packed: deque[Tensor] = deque()  # windows that are not in the pool yet
+        self._pool: list[Tensor] = []
+        self._all_read = False
+        self._windows = 0  # packed in this epoch
+
+    def _next(self) -> Int[Tensor, "seq_len"]:
+        while True:
+            if self._packed:
+                window = self._packed.popleft()
+                if len(self._pool) == self._pool_size:
+                    place = self._rng.randrange(self._pool_size)
+                    window, self._pool[place] = self._pool[place], window
+                    return window
+                self._pool.append(window)
+            elif not self._all_read:
+                self._read()
+            elif self._pool:
+                return self._pool.pop()
+            else:
+                if self._epoch == 0:
+                    tokens = self._windows * self._packer.seq_len
+                    tqdm.write(
+                        f"all {tokens:,} training tokens of {self._dataset_path} read: starting over, reshuffled"
+                    )
+                self._begin(self._epoch + 1)
+
+    def _read(self) -> None:
+        """Pack a few more documents; at the end of the text, shuffle the pool for good."""
+        documents = self._read_documents()
+        if documents:
+            windows = self._packer.pack(documents)
+            self._packed.extend(windows)
+            self._windows += len(windows)
+            return
+        if self._windows == 0:
             raise ValueError(
-                f"token {max(tokens) if min(tokens) >= 0 else min(tokens)} is outside the vocabulary of {vocab_size}"
-                f" of {tokenizer.name_or_path!r}; the data set was tokenised for another model"
+                f"dataset_path = {self._dataset_path!r}: no {self._packer.seq_len} tokens of training text; add text"
             )
-        pending.extend(tokens)
-        pending.extend(separator)
-        full = len(pending) // (seq_len - 1) * (seq_len - 1)
-        for start in range(0, full, seq_len - 1):
-            yield torch.tensor([bos, *pending[start : start + seq_len - 1]])
-        del pending[:full]
+        self._rng.shuffle(self._pool)
+        self._all_read = True
 
-
-def _tokenised(documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    texts: list[str] = []
-    for document in documents:
-        if "tokens" in document:
-            if not all(isinstance(token, Integral) for token in document["tokens"][:1]):
-                raise ValueError(f"tokens start with {document['tokens'][0]!r}; the column must hold lists of ids")
-            yield document["tokens"]
-            continue
-        if not isinstance(document["text"], str):
-            raise ValueError(f"a text is {document['text']!r}; the column must hold strings")
-        texts.append(document["text"])
-        if len(texts) == TOKENISE_DOCUMENTS:
-            yield from _encode(texts, tokenizer)
-            texts = []
-    if texts:
-        yield from _encode(texts, tokenizer)
-
-
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    @retry(
+        retry=retry_if_exception_type(OSError),
+        wait=wait_exponential(multiplier=0.5),
+        stop=stop_after_attempt(READ_ATTEMPTS),
+        reraise=True,
+    )
+    def _read_documents(self) -> list[dict]:
+        """The next few documents; where reading fails it is tried again from the same place."""
+        state = self._documents.state_dict()
+        if self._unread is None:
+            self._unread = iter(self._documents)
+        try:
+            return list(islice(self._unread, TOKENISED_DOCUMENTS))
+        except ValueError:
+            raise
+        except Exception as error:  # of whatever library reads
+            self._documents.load_state_dict(state)
+            self._unread = None
+            raise OSError(
+                f"dataset_path = {self._dataset_path!r}: reading failed {READ_ATTEMPTS} times"
+                f" ({type(error).__name__}: {error}); check the files or the network"
+            ) from error

@@ -8,7 +8,7 @@ import json
 import random
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,6 +69,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     monkeypatch.setattr(activation_store, "record", identify)
     return batches
+
+
+def tokens_as_activations(model: object, tokens: Tensor, hook_name: str) -> Tensor:
+    return tokens[..., None].float().expand(-1, -1, WIDTH)
 
 
 def windows_of(batches: list[Tensor]) -> int:
@@ -195,7 +200,7 @@ def test_ordinary_positions_are_neither_the_first_nor_special(lm: SimpleNamespac
 def test_every_ordinary_position_is_served_once_and_no_other(
     corpus: Path, lm: SimpleNamespace, reads: list[Tensor], monkeypatch: pytest.MonkeyPatch, mixed_windows: int
 ) -> None:
-    monkeypatch.setattr(activation_store, "MIXED_TOKENS", mixed_windows * SEQ_LEN)
+    monkeypatch.setattr(text, "MIXED_TOKENS", mixed_windows * SEQ_LEN)
     cfg = config(corpus)
     rows = serve(ActivationsStore(lm, cfg), 150)
     windows = torch.cat(reads)
@@ -254,12 +259,14 @@ def test_seed_decides_the_text_and_the_shuffling(
 ) -> None:
     """Documents as long as a window: (window, position) shows the shuffling alone, the windows the text alone."""
     if order_of == "documents":
-        monkeypatch.setattr(activation_store, "MIXED_TOKENS", SEQ_LEN)
+        monkeypatch.setattr(text, "MIXED_TOKENS", SEQ_LEN)
     else:
         load = text.load_documents
         monkeypatch.setattr(text, "load_documents", lambda *args, **options: load(*args, **(options | {"seed": 0})))
-    documents = [[4 + i] * (SEQ_LEN - 2) for i in range(150)]
-    corpus = write_tokens(tmp_path / "even.jsonl", documents)
+    for file in range(15):
+        documents = [[4 + 10 * file + i] * (SEQ_LEN - 2) for i in range(10)]
+        write_tokens(tmp_path / f"{file}.jsonl", documents)
+    corpus = tmp_path
     streams = []
     for seed in (0, 0, 1):
         reads.clear()
@@ -468,3 +475,100 @@ def test_a_part_without_a_window_of_text_is_refused(
     ask, part = (store.held_out_tokens, "held-out tenth") if held_out else (store.next_batch, "training text")
     with pytest.raises(ValueError, match=f"dataset_path = '{corpus}': .*{part}"):
         ask()
+
+
+# ---- continuing where another store stood ----
+
+
+@pytest.mark.parametrize("mixed_windows", [10, 10_000])
+@pytest.mark.parametrize("kind", [".jsonl", ".txt", ".py"])
+def test_a_store_made_with_a_state_serves_what_the_other_would_have(
+    tmp_path: Path, lm: SimpleNamespace, reads: list[Tensor], monkeypatch: pytest.MonkeyPatch, kind: str,
+    mixed_windows: int,
+) -> None:  # fmt: skip
+    """Over three epochs, from states taken anywhere, and after they went through JSON and safetensors."""
+    monkeypatch.setattr(text, "MIXED_TOKENS", mixed_windows * SEQ_LEN)
+    monkeypatch.setattr(text, "TOKENISED_DOCUMENTS", 3)
+    monkeypatch.setattr(activation_store, "record", tokens_as_activations)
+    rng = random.Random(1)
+    for file in range(6):
+        documents = [[rng.randrange(4, 200) for _ in range(rng.randint(1, 60))] for _ in range(10)]
+        if kind == ".jsonl":
+            write_tokens(tmp_path / f"{file}.jsonl", documents)
+        else:
+            lines = (" ".join(f"w{token}" for token in tokens) for tokens in documents)
+            (tmp_path / f"{file}{kind}").write_text("\n".join(lines))
+    cfg = config(tmp_path)
+    store, states, served = ActivationsStore(lm, cfg), [], []
+    for _ in range(60):
+        served.append(store.next_batch())
+        states.append(store.state)
+    assert states[0]["text"]["epoch"] == 0 and states[-1]["text"]["epoch"] >= 1
+    for at in (0, 1, 2, 7, 23, 40):
+        again = ActivationsStore(lm, cfg, states[at])
+        for expected in served[at + 1 : at + 16]:
+            assert torch.equal(again.next_batch(), expected)
+        assert torch.equal(again.mean, ActivationsStore(lm, cfg, states[at + 15]).mean)
+        assert again.tokens_seen == states[at + 15]["tokens_seen"]
+
+
+def test_where_the_model_or_the_text_fails_the_state_is_that_of_the_batch_before(
+    corpus: Path, lm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def fail_at_the_30th(model: object, tokens: Tensor, hook_name: str) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise torch.OutOfMemoryError("30")
+        return tokens_as_activations(model, tokens, hook_name)
+
+    monkeypatch.setattr(activation_store, "record", tokens_as_activations)
+    untroubled = ActivationsStore(lm, config(corpus))
+    expected = [untroubled.next_batch() for _ in range(60)]
+    monkeypatch.setattr(activation_store, "record", fail_at_the_30th)
+    store, served = ActivationsStore(lm, config(corpus)), []
+    with pytest.raises(ValueError, match="model_batch_size = 4: out of memory on cpu; give 2, or lower seq_len = 16"):
+        while True:
+            served.append(store.next_batch())
+    again = ActivationsStore(lm, config(corpus), store.state)
+    served += [again.next_batch() for _ in range(60 - len(served))]
+    assert all(map(torch.equal, served, expected))
+
+
+def test_reading_is_tried_again_from_the_same_place_and_given_up_in_one_line(
+    corpus: Path, lm: SimpleNamespace, reads: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "TOKENISED_DOCUMENTS", 3)
+    monkeypatch.setattr(text.TextStream._read_documents.retry, "sleep", (waits := []).append)
+    untroubled = serve(ActivationsStore(lm, config(corpus)), 30)
+    reads.clear()
+    failures, iterate = [], IterableDataset.__iter__
+
+    def troubled(dataset: IterableDataset) -> Iterator[dict]:
+        for count, document in enumerate(iterate(dataset)):
+            if (count == 7 or failures) and len(failures) < fail:
+                failures.append(count)
+                raise ConnectionResetError("peer")
+            yield document
+
+    monkeypatch.setattr(IterableDataset, "__iter__", troubled)
+    fail = 4
+    assert torch.equal(serve(ActivationsStore(lm, config(corpus)), 30), untroubled)
+    assert len(failures) == 4 and waits == [0.5, 1, 2, 4]
+    fail = 10**6
+    with pytest.raises(
+        OSError, match=r"dataset_path = .*corpus.*: reading failed 5 times \(ConnectionResetError: peer\)"
+    ):
+        serve(ActivationsStore(lm, config(corpus)), 30)
+
+
+def test_a_buffer_that_does_not_fit_is_refused_with_what_would(
+    corpus: Path, lm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activation_store, "_free_memory", lambda device: 5 * 4 * 15 * WIDTH * 4)  # five batches
+    with pytest.raises(ValueError, match=r"num_batches_in_buffer = 8: the buffer takes .* GB.*; give at most 5, or"):
+        ActivationsStore(lm, config(corpus))
+    monkeypatch.undo()
+    assert 1e8 < activation_store._free_memory(torch.device("cpu")) < 1e14
