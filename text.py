@@ -218,7 +218,7 @@ class TextPosition:
     """Where a TextStream stands: all that its next windows depend on."""
 
     epoch: int
-    documents: dict[str, Any]  # state of the data set, ready for JSON
+    documents: dict[str, Any] | None  # state of the data set, ready for JSON; None at the beginning
     pending: list[int]
     packed: list[Int[Tensor, "seq_len"]]
     pool: list[Int[Tensor, "seq_len"]]
@@ -275,7 +275,7 @@ class TextStream:
         self._pool_size = max(1, MIXED_TOKENS // seq_len)
         self._begin(0 if position is None else position.epoch)
         if position is not None:
-            self._documents.load_state_dict(position.documents)
+            self._read_until = position.documents
             self._packer.pending = list(position.pending)
             self._packed, self._pool = deque(position.packed), list(position.pool)
             self._rng.setstate(position.rng)
@@ -285,7 +285,7 @@ class TextStream:
     def position(self) -> TextPosition:
         return TextPosition(
             epoch=self._epoch,
-            documents=self._documents.state_dict(),
+            documents=self._read_until,
             pending=list(self._packer.pending),
             packed=list(self._packed),
             pool=list(self._pool),
@@ -306,7 +306,8 @@ class TextStream:
         self._epoch = epoch
         self._documents = load_documents(self._dataset_path, self._dataset_name, held_out=False, seed=self._seed)
         self._documents.set_epoch(epoch)
-        self._unread: Iterator[dict] | None = None  # to be begun where the documents' state says
+        self._read_until: dict[str, Any] | None = None  # as the data set says it
+        self._unread: Iterator[dict] | None = None  # to be begun there
         self._rng = random.Random(f"{self._seed} {epoch}")
         self._packer.pending = []
         self._packed: deque[Tensor] = deque()  # windows that are not in the pool yet
@@ -358,15 +359,17 @@ class TextStream:
     )
     def _read_documents(self) -> list[dict]:
         """The next few documents; where reading fails it is tried again from the same place."""
-        state = self._documents.state_dict()
         if self._unread is None:
+            if self._read_until is not None:
+                self._documents.load_state_dict(self._read_until)
             self._unread = iter(self._documents)
         try:
-            return list(islice(self._unread, TOKENISED_DOCUMENTS))
+            documents = list(islice(self._unread, TOKENISED_DOCUMENTS))
+            self._read_until = self._documents.state_dict()
+            return documents
         except ValueError:
             raise
         except Exception as error:  # of whatever library reads
-            self._documents.load_state_dict(state)
             self._unread = None
             raise OSError(
                 f"dataset_path = {self._dataset_path!r}: reading failed {READ_ATTEMPTS} times"
