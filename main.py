@@ -9,7 +9,9 @@ Every field of Config is an option. One that is given several values is swept.
 
 import itertools
 import logging
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +26,8 @@ from config import SWEEPS, Config, field_docs
 class Sweep:
     sweep: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar=f"[{{{','.join(SWEEPS)}}}]")] = "tiny"
     """Named sweep that the options below change."""
+    resume: str | None = None
+    """Folder of a sweep that was stopped: go on to the end it would have come to. Takes no other option."""
 
 
 def _option(field: str, annotation: object) -> tuple[str, object, tuple]:
@@ -76,33 +80,46 @@ def check(cfgs: list[Config]) -> list[Config]:
     return checked
 
 
-def run(cfgs: list[Config], folder: Path) -> None:
-    """Train the SAEs of a sweep, one pass of the language model for all that can share it, and write the results."""
+def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lambda: False) -> None:
+    """Train the SAEs of a sweep, one pass of the language model for all that can share it, and write the results.
+
+    Goes on where the folder's last run stopped, if there was one. Raises what `training.train` does.
+    """
     # Imported late: a mistake on the command line is answered at once.
     from transformers.utils.logging import disable_progress_bar
 
     import results
     from activation_store import ActivationsStore, load_model
-    from logs import RunLog
+    from logs import RunLog, begin_sweep, load_progress
     from sae import build_sae
-    from training import train
+    from training import Stopped, train
 
     disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are a line each
+    cfgs = check(cfgs)
     groups: dict[tuple, list[Config]] = {}
-    for cfg in check(cfgs):
+    for cfg in cfgs:
         groups.setdefault(cfg.stream, []).append(cfg)
-    for group in groups.values():
+    progress = load_progress(folder)
+    for index, group in list(enumerate(groups.values()))[progress["group"] :]:
         cfg = group[0]
         saes = "1 SAE" if len(group) == 1 else f"{len(group)} SAEs"
         print(
             f"{saes} on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations", flush=True
         )
+        state = progress if progress["group"] == index and "step" in progress else None
         model = load_model(cfg)
-        store = ActivationsStore(model, cfg)
-        log = RunLog(folder, group)
-        train([build_sae(c) for c in group], store, log)
-        log.close()
+        store = ActivationsStore(model, cfg, state and state["store"])
+        begin_sweep(folder, cfgs)
+        log = RunLog(folder, group, index, state and state["log"])
+        try:
+            train([build_sae(c) for c in group], store, log, state, should_stop)
+            log.finish()
+        except Stopped as stopped:
+            print(f"{stopped}; to go on: python main.py --resume {folder}")
+            return
+        finally:
+            log.close()
 
     table = results.load_results(folder)
     table.to_csv(folder / "results.csv", index=False)
@@ -115,16 +132,52 @@ def run(cfgs: list[Config], folder: Path) -> None:
         print(f"plot         {figure}")
 
 
+class StopAfterStep:
+    """While active, SIGTERM and the first Ctrl-C only set `asked`; the second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "StopAfterStep":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     options = tyro.cli(Options, prog="main.py")
+    folder = None
     try:
-        if options.sweep not in SWEEPS:
-            raise ValueError(f"sweep = {options.sweep!r}: give one of {', '.join(SWEEPS)}")
-        cfgs = override(SWEEPS[options.sweep](), options)
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        run(cfgs, Path(cfgs[0].output_dir) / f"{options.sweep}-{stamp}")
-    except (ValueError, OSError) as error:
-        print(f"main.py: {' '.join(str(error).split())}", file=sys.stderr)
+        if options.resume is not None:
+            if options != replace(options, sweep="tiny", **dict.fromkeys((f.name for f in fields(Config)), ())):
+                raise ValueError(f"resume = {options.resume!r}: give it alone; its Configs are in the folder")
+            from logs import read_sweep
+
+            folder = Path(options.resume)
+            cfgs = read_sweep(folder)
+        else:
+            if options.sweep not in SWEEPS:
+                raise ValueError(f"sweep = {options.sweep!r}: give one of {', '.join(SWEEPS)}")
+            cfgs = override(SWEEPS[options.sweep](), options)
+            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+            folder = Path(cfgs[0].output_dir) / f"{options.sweep}-{stamp}"
+        with StopAfterStep() as stop:
+            run(cfgs, folder, lambda: stop.asked)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        saved = folder is not None and (folder / "resume.safetensors").exists()
+        hint = f"; to go on: python main.py --resume {folder}" if saved else ""
+        print(f"main.py: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,8 @@ from config import Config
 from evaluation import evaluate, training_metrics
 from logs import RunLog
 from sae import BaseAutoencoder, SAEOutput
+
+FIRST_SAVE_SECONDS = 60  # into a run, the first time that its state is saved
 
 
 def learning_rate(cfg: Config, step: int) -> float:
@@ -50,6 +53,10 @@ def floor_step(x: Float[Tensor, "batch act_size"], dict_size: int, product_dtype
     return run
 
 
+class Stopped(Exception):
+    """Training stopped where it was asked to; what it needs to go on is on disk."""
+
+
 class Trainer:
     """One SAE with its optimiser."""
 
@@ -60,8 +67,14 @@ class Trainer:
         sae.reuse_gradient_memory()
         self.optimizer = torch.optim.Adam(self.views, lr=sae.cfg.lr, betas=(sae.cfg.beta1, sae.cfg.beta2), fused=True)
 
+        self._checked: Tensor | None = None  # of the last step, or of the first with a number that is not finite
+        self._failed_at: Tensor | None = None
+
     def step(self, x: Float[Tensor, "batch act_size"], step: int) -> SAEOutput:
-        """One step on a batch; returns the output of its forward pass."""
+        """One step on a batch; returns the output of its forward pass.
+
+        From the first step on in which a number is not finite the parameters stay as they are: see `failure`.
+        """
         sae, cfg = self.sae, self.cfg
         sae.l1_coeff = sparsity_coefficient(cfg, step)
         self.optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
@@ -70,23 +83,70 @@ class Trainer:
         sae.project_decoder_gradient()
         for view, p in zip(self.views, sae.parameters()):
             view.grad = p.grad if p.is_contiguous() else p.grad.t()
-        norm = torch.nn.utils.get_total_norm([view.grad for view in self.views])
-        self.optimizer.grad_scale = (norm / cfg.max_grad_norm).clamp_min(
-            1
-        )  # what Adam divides gradients by as it reads
+        norms = torch.stack([view.grad.norm() for view in self.views])
+        failed = self._check(x, out.loss.detach(), norms, step)
+        # Fused Adam divides gradients by grad_scale as it reads them, and does nothing where found_inf is 1.
+        self.optimizer.grad_scale = (norms.norm() / cfg.max_grad_norm).clamp_min(1)
+        self.optimizer.found_inf = failed.float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         sae.zero_grad()
         sae.constrain()
         return out
 
+    def _check(self, x: Tensor, loss: Tensor, norms: Tensor, step: int) -> Tensor:
+        """Whether this step or an earlier one has a number that is not finite, without waiting for the device."""
+        checked = torch.stack([x.abs().amax().float(), loss, *norms])
+        now = torch.full((), step + 1, device=x.device)
+        if self._checked is None:
+            self._checked, self._failed_at = checked, now
+        else:
+            failed_before = ~self._checked.isfinite().all()
+            self._checked = torch.where(failed_before, self._checked, checked)
+            self._failed_at = torch.where(failed_before, self._failed_at, now)
+        return ~self._checked.isfinite().all()
 
-def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | None = None) -> list[dict[str, float]]:
+    def failure(self) -> str | None:
+        """What was not finite, and in which step; None while all is well. Waits for the device."""
+        names = ["the activations", "the loss", *(f"the gradient of {name}" for name, _ in self.sae.named_parameters())]
+        bad = (~self._checked.isfinite()).nonzero().flatten().tolist()
+        return f"{names[bad[0]]} in step {int(self._failed_at)}" if bad else None
+
+    def state(self) -> dict[str, Any]:
+        """All that its next steps depend on beside the batches."""
+        names = [name for name, _ in self.sae.named_parameters()]
+        return {
+            "parameters": dict(zip(names, self.views)),
+            "buffers": dict(self.sae.named_buffers()),
+            "adam": {name: self.optimizer.state[view] for name, view in zip(names, self.views)},
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        for (name, _), view in zip(self.sae.named_parameters(), self.views):
+            view.copy_(state["parameters"][name])
+            self.optimizer.state[view] = {
+                key: value.to(view.device, copy=True) for key, value in state["adam"][name].items()
+            }
+        for name, buffer in self.sae.named_buffers():
+            buffer.copy_(state["buffers"][name])
+
+
+def train(
+    saes: list[BaseAutoencoder],
+    store: ActivationsStore,
+    log: RunLog | None = None,
+    state: dict[str, Any] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, float]]:
     """Train every SAE on the same batches of `store` for num_tokens; returns each one's metrics on held-out text.
 
     The SAEs may differ in type and in every field that is not of the stream (Config.stream). Metrics and checkpoints go
     to `log`, if there is one, every log_freq, perf_log_freq and checkpoint_freq steps of the store's Config and at the
-    end. Raises ValueError when the SAEs do not share the store's stream.
+    end; so does, every resume_freq steps, the state from which another call goes on to the same end (with the store
+    made from the same state).
+    Raises: ValueError when the SAEs do not share the store's stream; FloatingPointError when a number is not finite,
+    after the other SAEs were saved; Stopped after a step in which `should_stop` says so.
     """
     cfg = store.cfg
     for sae in saes:
@@ -95,10 +155,21 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
                 f"{sae.cfg.name}: its stream of activations is not the store's; train it with its own store"
             )
     trainers = [Trainer(sae.train()) for sae in saes]
+    first_step = 0
+    if state is not None:
+        first_step = state["step"]
+        for trainer, saved in zip(trainers, state["trainers"].values()):
+            trainer.load_state(saved)
     held_out = store.held_out_tokens()
     results: list[dict[str, float]] = []
 
+    def save_state(done: int) -> None:
+        assert log is not None
+        trained = {str(i): trainer.state() for i, trainer in enumerate(trainers)}
+        log.save_state({"step": done, "trainers": trained, "store": store.state})
+
     bar = tqdm(
+        initial=first_step * cfg.batch_size,
         total=cfg.num_steps * cfg.batch_size,
         unit="tok",
         unit_scale=True,
@@ -106,9 +177,15 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
         disable=None,  # where standard error is not a terminal
         bar_format="{l_bar}{bar:8}| {remaining} left, {rate_fmt}{postfix}",  # fits 80 columns
     )
+    pacer = _Pacer(cfg.resume_freq)
     clock, timed_tokens, seconds = time.perf_counter(), 0, 0.0
-    for step in range(cfg.num_steps):
-        x = store.next_batch()
+    for step in range(first_step, cfg.num_steps):
+        try:
+            x = store.next_batch()
+        except Exception:
+            if log is not None and step > first_step:
+                save_state(step)
+            raise
         if step == 0:
             for sae in saes:
                 sae.initialise_from(x)
@@ -125,6 +202,11 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
                 rate = trainer.optimizer.param_groups[0]["lr"]
                 logged.append(training_metrics(trainer.sae, x, out) | {"train/lr": rate})
             del out
+        stops = should_stop() and not is_last_step
+        is_save_step = log is not None and not is_last_step and (stops or pacer.is_due(done))
+        # On a GPU only where it is waited for anyway: nothing changes after the step that failed.
+        if x.device.type == "cpu" or is_log_step or is_eval_step or is_checkpoint_step or is_save_step:
+            _raise_failures(trainers, log, done)
         bar.update(cfg.batch_size)
         timed_tokens += cfg.batch_size
         if is_log_step:
@@ -145,15 +227,56 @@ def train(saes: list[BaseAutoencoder], store: ActivationsStore, log: RunLog | No
         if is_checkpoint_step and log is not None:
             for sae in saes:
                 log.checkpoint(sae, done)
+        if is_save_step:
+            with pacer:
+                save_state(done)
         clock += time.perf_counter() - paused
+        if stops:
+            bar.close()
+            raise Stopped(f"stopped after step {done:,} of {cfg.num_steps:,}")
     bar.close()
-    tqdm.write(_speed(cfg, saes, x, seconds))
+    tqdm.write(_speed(cfg, saes, x, cfg.num_steps - first_step, seconds))
     for sae in saes:
         sae.eval()
     return results
 
 
-def _speed(cfg: Config, saes: list[BaseAutoencoder], x: Tensor, seconds: float) -> str:
+class _Pacer:
+    """Says when to save the state: every `freq` steps, or where that is None, so that saving takes 1% of the time."""
+
+    def __init__(self, freq: int | None) -> None:
+        self.freq = freq
+        self._next = time.perf_counter() + FIRST_SAVE_SECONDS
+
+    def is_due(self, done: int) -> bool:
+        return time.perf_counter() >= self._next if self.freq is None else done % self.freq == 0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        now = time.perf_counter()
+        self._next = now + max(FIRST_SAVE_SECONDS, 100 * (now - self._start))
+
+
+def _raise_failures(trainers: list[Trainer], log: RunLog | None, done: int) -> None:
+    """Where an SAE met a number that is not finite, save the others and say so."""
+    failures = {trainer: failure for trainer in trainers if (failure := trainer.failure())}
+    if not failures:
+        return
+    others = [trainer for trainer in trainers if trainer not in failures]
+    if log is not None:
+        for trainer in others:
+            log.checkpoint(trainer.sae, done)
+    saved = f"the other {len(others)} SAEs were saved at step {done}" if others and log is not None else ""
+    (trainer, failure), *_ = failures.items()
+    raise FloatingPointError(
+        f"{trainer.cfg.name}: {failure} is not finite; lr = {trainer.cfg.lr:g}, lower it, or use dtype bfloat16 or"
+        f" float32 where activations overflow; its last checkpoint is as it was{'; ' + saved if saved else ''}"
+    )
+
+
+def _speed(cfg: Config, saes: list[BaseAutoencoder], x: Tensor, steps: int, seconds: float) -> str:
     """Tokens/s of the run without its evaluations, and how near it came to the floor of its SAEs' steps."""
     # Measured on few latents, for little memory, and scaled up.
     latents = min(max(sae.cfg.dict_size for sae in saes), max(1024, (1 << 23) // x.shape[1]))
@@ -170,9 +293,9 @@ def _speed(cfg: Config, saes: list[BaseAutoencoder], x: Tensor, seconds: float) 
                 run()
             synchronise(x.device)
             per_latent[dtype] = (time.perf_counter() - start) / 3 / latents
-        floor += per_latent[dtype] * sae.cfg.dict_size * cfg.num_steps
+        floor += per_latent[dtype] * sae.cfg.dict_size * steps
     count = "1 SAE" if len(saes) == 1 else f"{len(saes)} SAEs"
-    rate = cfg.num_steps * cfg.batch_size / seconds
+    rate = steps * cfg.batch_size / seconds
     return f"{count}: {rate:,.0f} tokens/s; the floor of their steps is {floor / seconds:.0%} of the time"
 
 

@@ -19,11 +19,11 @@ CHANGED = dict(
     batch_size=1024, lr=1e-3, beta1=0.8, beta2=0.999,
     max_grad_norm=2.0, lr_warmup=0.1, lr_decay=0.1, sparsity_warmup=0.2, device="cuda:1",
     wandb_project="other", wandb_mode="disabled", log_freq=10, perf_log_freq=10, eval_windows=8, checkpoint_freq=10,
-    output_dir="elsewhere",
+    resume_freq=10, output_dir="elsewhere",
 )  # fmt: skip
 OUTPUT = {
     "device", "wandb_project", "wandb_mode", "log_freq", "perf_log_freq", "eval_windows", "checkpoint_freq",
-    "output_dir",
+    "resume_freq", "output_dir",
 }  # fmt: skip
 UNUSED = {
     "vanilla": {"top_k", "top_k_aux", "aux_penalty", "bandwidth", "threshold_init"},
@@ -138,6 +138,7 @@ def test_whole_numbers_are_taken_for_floats() -> None:
 POSITIVE = [
     "model_batch_size", "dict_size", "top_k", "bandwidth", "top_k_aux", "dead_after_tokens", "num_tokens",
     "batch_size", "lr", "max_grad_norm", "log_freq", "perf_log_freq", "eval_windows", "act_size", "checkpoint_freq",
+    "resume_freq",
 ]  # fmt: skip
 REFUSED = [
     *((field, 0, "above 0") for field in POSITIVE),

@@ -1,0 +1,150 @@
+"""Runs that are killed, stopped or starved, and then resumed: each ends as the run that nothing happened to."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+SWEEP = [
+    "--model-name=tiny-gpt2", "--dataset-path=animals.txt", "--layer=1", "--seq-len=32", "--model-batch-size=8",
+    "--num-batches-in-buffer=4", "--batch-size=64", "--num-tokens=3840", "--dict-size=64", "--top_k=4",
+    "--l1-coeff=0.01", "--lr=0.01", "--eval-windows=8", "--log-freq=10", "--perf-log-freq=30", "--checkpoint-freq=20",
+    "--resume-freq=7", "--device=cpu", "--wandb-mode=disabled", "--dead-after-tokens=640", "--seed", "0", "1",
+]  # fmt: skip
+Run = Callable[..., dict]
+
+
+@pytest.fixture(scope="module")
+def fork() -> Iterator[Run]:
+    """Runs main.py; see forked_runs.py."""
+    script = Path(__file__).parent / "forked_runs.py"
+    environment = os.environ | {"PYTHONPATH": str(script.parent.parent), "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as server:
+
+        def run(*args: str, cwd: Path, **how: object) -> dict:
+            print(json.dumps({"args": args, "cwd": str(cwd), **how}), file=server.stdin, flush=True)
+            return json.loads(server.stdout.readline())
+
+        yield run
+        server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, tiny_text: Path) -> Callable[[], Path]:
+    def make() -> Path:
+        folder = tmp_path_factory.mktemp("place")
+        (folder / "tiny-gpt2").symlink_to(tiny_gpt2)
+        (folder / "animals.txt").symlink_to(tiny_text)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def untroubled(fork: Run, place: Callable[[], Path]) -> tuple[dict, float]:
+    """What the sweep leaves behind, and how long it takes."""
+    cwd = place()
+    done = fork(*SWEEP, cwd=cwd)
+    assert done["rc"] == 0, done["err"]
+    return left_behind(sweep_folder(cwd)), done["seconds"]
+
+
+def sweep_folder(cwd: Path) -> Path:
+    (folder,) = (cwd / "runs").iterdir()
+    return folder
+
+
+def left_behind(folder: Path) -> dict:
+    """Every tensor of every checkpoint, bit for bit, and every logged value but the speed, by path."""
+    found: dict = {}
+    for file in sorted(folder.glob("*/step-*/*.safetensors")):
+        tensors = load_file(file)
+        found[str(file.relative_to(folder))] = {n: t.contiguous().numpy().tobytes() for n, t in tensors.items()}
+    for file in sorted(folder.glob("*/metrics.jsonl")):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            row.pop("train/tokens_per_second", None)
+        found[str(file.relative_to(folder))] = rows
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+    return found
+
+
+def test_a_sweep_leaves_what_the_others_are_compared_with(untroubled: tuple[dict, float]) -> None:
+    found, _ = untroubled
+    assert len(found) == 8 * (2 * 3 + 1)  # SAEs times the files of 3 checkpoints, and a metrics.jsonl
+    assert [row["step"] for row in next(v for k, v in found.items() if "metrics" in k)] == [
+        10,
+        20,
+        30,
+        30,
+        40,
+        50,
+        60,
+        60,
+    ]
+
+
+def test_killed_at_20_moments_and_resumed_the_result_is_the_same_bit_for_bit(
+    fork: Run, place: Callable[[], Path], untroubled: tuple[dict, float]
+) -> None:
+    """Eight of the kills fall into the writing of a checkpoint, of the state or of another file."""
+    expected, seconds = untroubled
+    rng = random.Random(0)
+    how = {"kill_after": [0.1, 0.6 * seconds], "kill_at_flush": [1, 60]}
+    left = ["kill_after"] * 12 + ["kill_at_flush"] * 8
+    rng.shuffle(left)
+    cwd, compared = place(), 0
+    while left or compared == 0:
+        begun = list(cwd.glob("runs/*/sweep.json"))
+        args = ["--resume", str(begun[0].parent)] if begun else SWEEP
+        if not begun:
+            shutil.rmtree(cwd / "runs", ignore_errors=True)  # killed before there was anything to resume
+        kill = {}
+        if left:
+            low, high = how[left[-1]]
+            kill = {left[-1]: rng.uniform(low, high) if left[-1] == "kill_after" else rng.randint(low, high)}
+        done = fork(*args, cwd=cwd, **kill)
+        if done["rc"] == -signal.SIGKILL:
+            left.pop()
+        else:
+            assert done["rc"] == 0, done["err"]
+            assert left_behind(sweep_folder(cwd)) == expected
+            cwd, compared = place(), compared + 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_finishes_the_step_says_how_to_go_on_and_goes_on(
+    fork: Run, place: Callable[[], Path], untroubled: tuple[dict, float], number: int
+) -> None:
+    cwd = place()
+    stopped = fork(*SWEEP, cwd=cwd, signals=[["runs/*/*/step-000020", number]])
+    folder = sweep_folder(cwd)
+    assert stopped["rc"] == 0 and "Traceback" not in stopped["err"]
+    assert stopped["err"] == "\nstopping after this step; Ctrl-C again stops at once\n"
+    *_, line = stopped["out"].splitlines()
+    step = int(line.split()[3])
+    assert 20 <= step < 60
+    relative = folder.relative_to(cwd)
+    assert line == f"stopped after step {step} of 60; to go on: python main.py --resume {relative}"
+    resumed = fork("--resume", str(relative), cwd=cwd)
+    assert (resumed["rc"], resumed["err"]) == (0, "")
+    assert left_behind(folder) == untroubled[0]
+    again = fork("--resume", str(relative), cwd=cwd)
+    assert again["rc"] == 0 and again["out"] == "\n" + resumed["out"].partition("\n\n")[2]
+
+
+def test_ctrl_c_twice_stops_at_once(fork: Run, place: Callable[[], Path]) -> None:
+    cwd = place()
+    slow = [*SWEEP, "--num-batches-in-buffer=4000"]  # whose first step takes seconds
+    done = fork(*slow, cwd=cwd, signals=[["runs/*/*/metrics.jsonl", signal.SIGINT], ["runs", signal.SIGINT]])
+    assert done["rc"] == 130 and "Traceback" not in done["err"] and "stopped" not in done["out"]
