@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-REST = "rest.json"  # the tensor in a state's file that holds its JSON
+REST, CRC = "rest.json", "crc32"  # tensors in a state's file: its JSON, and the checksum of all others
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What a killed process leaves is named .<name>.<role>-<process>-<number>. The number is there because a process in a
 # container can have the id of the one before the restart.
@@ -87,6 +88,7 @@ def save_state(state: dict[str, Any], path: Path) -> None:
 
     rest = json.dumps(strip(state, ""))
     tensors[REST] = torch.frombuffer(bytearray(rest, "utf-8"), dtype=torch.uint8)
+    tensors[CRC] = torch.tensor(_crc(tensors))
     size = sum(tensor.nbytes for tensor in tensors.values())
     write_durably(path, lambda file: save_tensors(tensors, file), size)
 
@@ -95,6 +97,8 @@ def load_state(path: Path) -> dict[str, Any]:
     """What `save_state` wrote, tensors on the CPU. Raises ValueError when the file is damaged."""
     try:
         tensors = load_file(path)
+        if tensors.pop(CRC).item() != _crc(tensors):
+            raise ValueError("its checksum is another")
         state = json.loads(bytes(tensors.pop(REST).tolist()))
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error}); remove it to train from the beginning") from None
@@ -105,6 +109,13 @@ def load_state(path: Path) -> dict[str, Any]:
             branch = branch[part]
         branch[key] = tensor
     return state
+
+
+def _crc(tensors: dict[str, Tensor]) -> int:
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    return crc
 
 
 def _flush(path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 import logs
 from config import Config
-from logs import RunLog, load_checkpoint, save_checkpoint
+from logs import RunLog, load_checkpoint, load_progress, save_checkpoint
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 from training import Trainer
 
@@ -347,3 +348,112 @@ def test_wandb_offline_is_one_run_per_sae_grouped_by_sweep_without_a_network(
     for sae_type, expected in (("topk", first), ("jumprelu", second)):
         assert len(history[sae_type]) == len(expected)
         assert all(row.items() >= wanted.items() for row, wanted in zip(history[sae_type], expected))
+
+
+# ---- going on after an interruption ----
+
+
+def test_a_resumed_log_repeats_and_loses_nothing(tmp_path: Path, visitors: socket.socket) -> None:
+    """Killed at step 6, in the middle of a line, and resumed from the state of step 4."""
+    cfgs, folder = two_configs(wandb_project="features"), tmp_path / "sweep-7"
+    log = RunLog(folder, cfgs)
+    log_something(log)
+    log.save_state({"step": 4, "store": {"order": torch.arange(3)}})
+    for index in (0, 1):
+        log.log(index, 6, 192, {"train/loss": 0.0625})
+    log.close()
+    file = folder / cfgs[1].name / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 8, "tok')
+    progress = load_progress(folder)
+    assert (progress["group"], progress["step"]) == (0, 4) and progress["store"]["order"].tolist() == [0, 1, 2]
+
+    log = RunLog(folder, cfgs, 0, progress["log"])
+    for step in (6, 8):
+        for index in (0, 1):
+            log.log(index, step, 32 * step, {"train/loss": 0.0625 if step == 6 else 0.03})
+    log.finish()
+    log.close()
+    wandb.teardown()
+    assert load_progress(folder) == {"group": 1}
+    steps = {"topk": [2, 4, 4, 6, 8], "jumprelu": [2, 6, 8]}
+    for cfg in cfgs:
+        lines = (folder / cfg.name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == steps[cfg.sae_type]
+        found = [r for run in sorted(folder.glob("wandb/*/*.wandb")) for r in records(run)]
+        runs = [r.run for r in found if r.WhichOneof("record_type") == "run" and r.run.display_name == cfg.name]
+        (run_id,) = {run.run_id for run in runs}
+        files = sorted(folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
+        assert len(files) == 2
+        rows = [r.history.item for f in files for r in records(f) if r.WhichOneof("record_type") == "history"]
+        sent = [int(i.value_json) for items in rows for i in items if i.nested_key[0] == "_step"]
+        assert sent == sorted(set(steps[cfg.sae_type]))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "other"])
+def test_a_damaged_state_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    log = RunLog(tmp_path, two_configs(wandb_mode="disabled"))
+    log.save_state({"step": 4, "store": {"order": torch.arange(1000)}})
+    file = tmp_path / "resume.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+    else:
+        content = bytearray(b"what is this")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"resume\.safetensors: damaged .*; remove it to train from the beginning$"):
+        load_progress(tmp_path)
+
+
+# ---- W&B in trouble ----
+
+
+@pytest.fixture
+def key(visitors: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Someone logged in, to a service that never answers."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    wandb.teardown()
+
+
+def test_an_unreachable_wandb_leaves_the_runs_offline(
+    tmp_path: Path, key: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path / "sweep", two_configs(wandb_mode="online"))
+    log_something(log)
+    log.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("W&B cannot be used as online (") and line.endswith("; metrics are also in metrics.jsonl")
+    assert len(list((tmp_path / "sweep").glob("*/metrics.jsonl"))) == 2
+    assert len(list((tmp_path / "sweep").glob("wandb/offline-run-*"))) == 2
+
+
+def test_a_failing_wandb_run_is_let_go_and_metrics_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfgs = two_configs(wandb_mode="disabled")
+    log = RunLog(tmp_path, cfgs)
+
+    def fail(row: dict, step: int) -> None:
+        raise BrokenPipeError("the service\nis gone")
+
+    monkeypatch.setattr(log._runs[0], "log", fail)
+    log_something(log)
+    log.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    file = tmp_path / cfgs[0].name / "metrics.jsonl"
+    assert line == f"W&B failed at step 2 (BrokenPipeError: the service is gone); metrics go on in {file}"
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_a_slow_wandb_is_not_waited_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logs, "WANDB_SECONDS", 0.05)
+    log = RunLog(tmp_path, two_configs(wandb_mode="disabled"))
+    slow = Event()
+    monkeypatch.setattr(log._runs[1], "finish", slow.wait)
+    log.close()
+    slow.set()
+    assert f"W&B is slow: what it has not been sent lies in {tmp_path}/wandb" in capsys.readouterr().out
