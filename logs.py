@@ -89,10 +89,10 @@ class RunLog:
         offline = False
         for cfg, sae_folder in zip(cfgs, self._folders):
             id_file = sae_folder / "wandb_id"
-            if not id_file.exists():
-                write_durably(id_file, secrets.token_hex(8).encode())
             run = None
             for mode in dict.fromkeys(["offline"] if offline else [cfg.wandb_mode, "offline"]):
+                if not id_file.exists():
+                    write_durably(id_file, secrets.token_hex(8).encode())
                 try:
                     run = wandb.init(
                         project=cfg.wandb_project,
@@ -109,6 +109,7 @@ class RunLog:
                     break
                 except Exception as error:  # of a service out of our hands
                     offline = True
+                    id_file.unlink()  # its service keeps the id of a run that it could not begin
                     tqdm.write(f"W&B cannot be used as {mode} ({_one_line(error)}); metrics are also in {METRICS}")
             runs.append(run)
         return runs

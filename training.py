@@ -108,9 +108,9 @@ class Trainer:
 
     def failure(self) -> str | None:
         """What was not finite, and in which step; None while all is well. Waits for the device."""
-        names = ["the activations", "the loss", *(f"the gradient of {name}" for name, _ in self.sae.named_parameters())]
+        names = ["activations", "loss", *(f"gradient of {name}" for name, _ in self.sae.named_parameters())]
         bad = (~self._checked.isfinite()).nonzero().flatten().tolist()
-        return f"{names[bad[0]]} in step {int(self._failed_at)}" if bad else None
+        return f"step {int(self._failed_at)}, {names[bad[0]]}: not finite" if bad else None
 
     def state(self) -> dict[str, Any]:
         """All that its next steps depend on beside the batches."""
@@ -268,11 +268,11 @@ def _raise_failures(trainers: list[Trainer], log: RunLog | None, done: int) -> N
     if log is not None:
         for trainer in others:
             log.checkpoint(trainer.sae, done)
-    saved = f"the other {len(others)} SAEs were saved at step {done}" if others and log is not None else ""
+    saved = f"; the other {len(others)} SAEs were saved" if others and log is not None else ""
     (trainer, failure), *_ = failures.items()
     raise FloatingPointError(
-        f"{trainer.cfg.name}: {failure} is not finite; lr = {trainer.cfg.lr:g}, lower it, or use dtype bfloat16 or"
-        f" float32 where activations overflow; its last checkpoint is as it was{'; ' + saved if saved else ''}"
+        f"{trainer.cfg.name}: {failure}; lower lr = {trainer.cfg.lr:g}, or take another dtype where activations"
+        f" overflow; its last checkpoint is as it was{saved}"
     )
 
 

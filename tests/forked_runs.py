@@ -2,6 +2,7 @@
 
 Reads a request a line from standard input, JSON: {"args": [...], "cwd": ..., and one of
     "kill_after": seconds            SIGKILL then
+    "file_limit": bytes              no file can grow larger, as on a full disk
     "kill_at_flush": n               SIGKILL by itself when n files or folders have been flushed to the disk
     "signals": [[file, signal], ...] wait until the file exists, then send the signal
 }; answers {"rc", "out", "err", "seconds"}. One thread, so that forks are safe and results comparable.
@@ -10,6 +11,7 @@ Reads a request a line from standard input, JSON: {"args": [...], "cwd": ..., an
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -32,6 +34,9 @@ def child(request: dict, out: int, err: int) -> None:
     os.chdir(request["cwd"])
     torch.set_num_threads(1)
     sys.argv = ["main.py", *request["args"]]
+    if limit := request.get("file_limit"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if n := request.get("kill_at_flush"):
         flush, calls = disk._flush, iter(range(n, 0, -1))
 

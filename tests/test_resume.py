@@ -148,3 +148,31 @@ def test_ctrl_c_twice_stops_at_once(fork: Run, place: Callable[[], Path]) -> Non
     slow = [*SWEEP, "--num-batches-in-buffer=4000"]  # whose first step takes seconds
     done = fork(*slow, cwd=cwd, signals=[["runs/*/*/metrics.jsonl", signal.SIGINT], ["runs", signal.SIGINT]])
     assert done["rc"] == 130 and "Traceback" not in done["err"] and "stopped" not in done["out"]
+
+
+def test_without_room_on_the_disk_it_says_what_is_needed_and_can_go_on_later(
+    fork: Run, place: Callable[[], Path], untroubled: tuple[dict, float]
+) -> None:
+    cwd = place()
+    full = fork(*SWEEP, cwd=cwd, file_limit=40_000)
+    folder = sweep_folder(cwd).relative_to(cwd)
+    (line,) = full["err"].splitlines()
+    assert full["rc"] == 2 and f"{folder}/resume.safetensors" in line
+    assert " bytes are needed, " in line and " are free on the disk; make room" in line
+    done = fork("--resume", str(folder), cwd=cwd)
+    assert done["rc"] == 0 and left_behind(cwd / folder) == untroubled[0]
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["--resume", "nowhere"], "nowhere/sweep.json: no such file; give the folder of a sweep"),
+        (["--resume", "."], "sweep.json: no such file; give the folder of a sweep"),
+        (["--resume", "nowhere", "--lr", "0.1"], "resume = 'nowhere': give it alone; its Configs are in the folder"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused_in_one_line(
+    fork: Run, place: Callable[[], Path], args: list[str], expected: str
+) -> None:
+    done = fork(*args, cwd=place())
+    assert (done["rc"], done["out"]) == (2, "") and len(done["err"].splitlines()) == 1 and expected in done["err"]

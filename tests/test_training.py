@@ -48,6 +48,10 @@ class Store:
         self.served += 1
         return torch.randn(B, D, generator=rng) * torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5, 0.1]) + 0.7
 
+    @property
+    def state(self) -> dict[str, int]:
+        return {"served": self.served}
+
     def held_out_tokens(self) -> str:
         return "held-out tokens"
 
@@ -58,12 +62,16 @@ class Recorder:
     def __init__(self) -> None:
         self.lines: list[tuple[int, int, int, dict[str, float]]] = []
         self.checkpoints: list[tuple[BaseAutoencoder, int]] = []
+        self.states: list[dict] = []
 
     def log(self, *line: object) -> None:
         self.lines.append(line)
 
     def checkpoint(self, sae: BaseAutoencoder, step: int) -> None:
         self.checkpoints.append((sae, step))
+
+    def save_state(self, state: dict) -> None:
+        self.states.append(state)
 
 
 @pytest.fixture
@@ -283,6 +291,122 @@ def test_only_log_steps_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, no_
     assert {step for step, names in by_step.items() if names} == {4, 8, 10}
     assert by_step[4] == {"_numbers"}
     assert allowed <= {name for _, name in waits}
+
+
+# ---- numbers that are not finite ----
+
+
+class BrokenStore(Store):
+    """NaN or Inf in one activation of batch 5."""
+
+    def next_batch(self) -> Tensor:
+        batch = super().next_batch()
+        if self.served == 5:
+            batch[3, 2] = self.number
+        return batch
+
+
+def poison(sae: BaseAutoencoder, tensor: str) -> None:
+    """From the fifth step on the loss, or the gradient of a parameter, is not finite."""
+    if tensor == "loss":
+        penalty = sae.penalty
+        calls = iter(range(1, 100))
+        sae.penalty = lambda *args: penalty(*args) | {"bad": torch.tensor(torch.inf if next(calls) >= 5 else 0.0)}
+    else:
+        parameter = getattr(sae, tensor.split()[-1])
+        calls = iter(range(1, 100))
+        parameter.register_hook(lambda grad: grad * torch.nan if next(calls) >= 5 else grad)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_activations_that_are_not_finite_stop_the_run_before_they_reach_a_parameter(
+    no_model: None, monkeypatch: pytest.MonkeyPatch, number: float
+) -> None:
+    monkeypatch.setattr(BrokenStore, "number", number, raising=False)
+    saes, untroubled, log = one_of_each(), one_of_each(), Recorder()
+    with pytest.raises(FloatingPointError, match=f"^{saes[0].cfg.name}: step 5, activations: not finite; lower lr = "):
+        train(saes, BrokenStore(saes[0].cfg), log)
+    assert log.checkpoints == []
+    store = Store(saes[0].cfg)
+    trainers = [Trainer(sae) for sae in untroubled]
+    for step in range(4):
+        x = store.next_batch()
+        for trainer in trainers:
+            if step == 0:
+                trainer.sae.initialise_from(x)
+            trainer.step(x, step)
+    for sae, expected in zip(saes, untroubled):
+        for (name, found), p in zip(sae.named_parameters(), expected.parameters()):
+            assert_close(found, p, rtol=1e-6, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("tensor", ["loss", "gradient of W_enc", "gradient of b_dec"])
+def test_an_sae_whose_loss_or_gradient_is_not_finite_is_named_and_the_others_are_saved(
+    no_model: None, tensor: str
+) -> None:
+    saes, log = one_of_each(checkpoint_freq=2), Recorder()
+    poison(saes[2], tensor)
+    match = f"^{saes[2].cfg.name}: step 5, {tensor}: not finite; .*; the other 3 SAEs were saved$"
+    with pytest.raises(FloatingPointError, match=match):
+        train(saes, Store(saes[0].cfg), log)
+    assert [step for sae, step in log.checkpoints if sae is saes[2]] == [2, 4]
+    assert [step for sae, step in log.checkpoints if sae is saes[0]] == [2, 4, 5]
+
+
+def test_without_looking_nothing_changes_after_the_step_that_failed() -> None:
+    """On a GPU `failure` is asked for some steps later; what it says and saves is of the first."""
+    sae = build_sae(config("jumprelu")).train()
+    trainer, store = Trainer(sae), Store(sae.cfg)
+    for step in range(3):
+        trainer.step(store.next_batch(), step)
+    before = [p.detach().clone() for p in sae.parameters()]
+    trainer.step(store.next_batch() * torch.nan, 3)
+    for step in range(4, 7):
+        trainer.step(store.next_batch(), step)
+    assert trainer.failure() == "step 4, activations: not finite"
+    assert_close([p.detach() for p in sae.parameters()], before, rtol=1e-6, atol=0)
+    assert trainer.optimizer.state[trainer.views[0]]["step"] == 3
+
+
+# ---- the state ----
+
+
+@pytest.mark.parametrize("freq, expected", [(3, [3, 6, 9]), (5, [5]), (None, [])])
+def test_the_state_is_saved_every_resume_freq_steps_but_not_at_the_end(
+    no_model: None, freq: int | None, expected: list[int]
+) -> None:
+    saes, log = one_of_each(resume_freq=freq), Recorder()
+    train(saes, Store(saes[0].cfg), log)
+    assert [state["step"] for state in log.states] == expected
+
+
+def test_by_default_saving_takes_a_hundredth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now)
+    pacer, saved = training._Pacer(None), 0.0
+    for step in range(100_000):
+        now += 0.5
+        if pacer.is_due(step):
+            with pacer:
+                now, saved = now + 7, saved + 7
+    assert 0.005 < saved / now < 0.011
+
+
+def test_a_failing_store_leaves_the_state_of_the_step_before(no_model: None) -> None:
+    saes, log = one_of_each(), Recorder()
+    store = Store(saes[0].cfg)
+    serve = store.next_batch
+
+    def fail_at_the_7th() -> Tensor:
+        if store.served == 6:
+            raise OSError("the network is gone")
+        return serve()
+
+    store.next_batch = fail_at_the_7th
+    with pytest.raises(OSError, match="gone"):
+        train(saes, store, log)
+    (state,) = log.states
+    assert state["step"] == 6 and state["store"] == {"served": 6}
 
 
 # ---- on a language model ----
