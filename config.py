@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -129,14 +130,14 @@ class Config:
         for field, allowed in typing.get_type_hints(type(self)).items():
             self._check_type(field, allowed)
         for field in ("model_name", "dataset_path", "wandb_project", "output_dir"):
-            self._require(field, bool(getattr(self, field).strip()), "give a name")
+            value = getattr(self, field)
+            self._require(field, bool(value.strip()) and "\0" not in value, "give a name")
         self._require("site", self.site in SITES, _one_of(self.site, SITES))
         for field in _POSITIVE:
             value = getattr(self, field)
             self._require(field, value is None or value > 0, "give a number above 0")
         for field in _NON_NEGATIVE:
             self._require(field, getattr(self, field) >= 0, "give 0 or more")
-        self._require("seed", self.seed < 2**63, "give less than 2**63")
         self._require("seq_len", self.seq_len >= 2, "give at least 2: BOS and one token")
         self._require(
             "num_batches_in_buffer", self.num_batches_in_buffer >= 2, "give at least 2: half is refilled at a time"
@@ -164,6 +165,8 @@ class Config:
         if typing.get_origin(allowed) is Literal:
             self._require(field, value in get_args(allowed), _one_of(value, get_args(allowed)))
             return
+        if type(value) is int:
+            self._require(field, abs(value) < 2**63, "give less than 2**63")
         options = get_args(allowed) if isinstance(allowed, types.UnionType) else (allowed,)
         if float in options and type(value) is int:
             object.__setattr__(self, field, float(value))
@@ -205,7 +208,8 @@ class Config:
         without_effect = _NOT_IN_RESULT | _NOT_USED_BY[self.sae_type]
         result = {f: v for f, v in self.to_dict().items() if f not in without_effect}
         digest = hashlib.blake2b(json.dumps(result, sort_keys=True).encode(), digest_size=5).hexdigest()
-        model = "".join(c if c.isalnum() or c in "-_" else "-" for c in self.model_name)[-40:].strip("-") or "model"
+        plain = re.sub(r"[^A-Za-z0-9_-]", "-", self.model_name)
+        model = plain[-40:].strip("-") or "model"
         return f"{model}-L{self.layer}-{self.site}-{self.sae_type}-{self.dict_size}-{self.sparsity_label}-{digest}"
 
     @property
@@ -255,8 +259,7 @@ def _one_of(value: object, allowed: typing.Iterable[str]) -> str:
 
 
 def _is_device(name: str) -> bool:
-    kind, _, index = name.partition(":")
-    return name == "auto" or (kind in ("cpu", "cuda") and (not index or index.isdigit()) and not name.endswith(":"))
+    return re.fullmatch(r"auto|(cpu|cuda)(:(0|[1-9][0-9]?))?", name) is not None
 
 
 def field_docs() -> dict[str, str]:

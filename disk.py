@@ -20,7 +20,9 @@ REST, CRC = "rest.json", "crc32"  # tensors in a state's file: its JSON, and the
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What a killed process leaves is named .<name>.<role>-<process>-<number>. The number is there because a process in a
 # container can have the id of the one before the restart.
-_LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?P<role>writing|replaced)-(?P<process>[1-9]\d{0,8})-(?P<number>[0-9a-f]{8})")
+_LEFT_OVER = re.compile(
+    r"\.(?P<name>.+)\.(?P<role>writing|replaced)-(?P<process>[1-9][0-9]{0,8})-(?P<number>[0-9a-f]{8})", re.DOTALL
+)
 _NUMBER = secrets.token_hex(4)
 
 

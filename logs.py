@@ -11,11 +11,11 @@ runs/<sweep>/                  one folder a sweep; W&B's offline files lie in it
 """
 
 import contextlib
+import hashlib
 import json
-import os
 import secrets
-import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -23,20 +23,23 @@ from typing import Any
 
 import torch
 import wandb
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 from wandb import Run
 
 from config import Config
-from disk import load_state, save_state, write_durably
+from disk import load_state, save_state, save_tensors, write_durably
 from sae import SAE_TYPES, BaseAutoencoder
 
 SWEEP, RESUME, METRICS = "sweep.json", "resume.safetensors", "metrics.jsonl"
 WANDB_SECONDS = 60
 CFG, WEIGHTS, COUNTERS = "cfg.json", "sae_weights.safetensors", "counters.safetensors"
 SAE_LENS_VERSION = "6.0.0"  # of the format; without it SAELens reads cfg.json as an older one and drops the metadata
+CFG_BYTES = 2**20  # far more than any cfg.json of ours
+DTYPES = {  # of the numbers of an SAE and of its counters, as safetensors names them
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+}  # fmt: skip
 ARCHITECTURES = {"vanilla": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 
 
@@ -167,47 +170,71 @@ def _one_line(error: Exception) -> str:
 
 
 def save_checkpoint(sae: BaseAutoencoder, path: str | Path) -> None:
-    """Write the folder `path`, replacing a checkpoint that is there: whole or not at all.
+    """Write the folder `path`, replacing a checkpoint that is there: whole or not at all, as `write_durably` does.
 
     cfg.json and sae_weights.safetensors are in SAELens' format (BatchTopK as a jumprelu with one threshold for all);
-    counters.safetensors holds what only training needs. Raises ValueError when `path` holds anything else.
+    counters.safetensors holds what only training needs. cfg.json has our Config as well, and the SHA-256 of each file.
+    Raises ValueError when `path` holds anything else, OSError when the disk has no room.
     """
     path = Path(path)
-    foreign = {p.name for p in path.iterdir()} - {CFG, WEIGHTS, COUNTERS} if path.exists() else set()
-    if foreign:
+    held = {p.name for p in path.iterdir()} if path.is_dir() else {path.name} if path.exists() else set()
+    if foreign := held - {CFG, WEIGHTS, COUNTERS}:
         raise ValueError(f"{path}: not replaced, as it holds more than a checkpoint: {', '.join(sorted(foreign)[:3])}")
+    files = _tensors(sae)
+    cfg = _sae_lens_cfg(sae.cfg, sae.W_dec.dtype) | {"nn_decompositions": sae.cfg.to_dict()}
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        for file, tensors in files.items():
+            save_tensors(tensors, folder / file)
+        sums = {file: _sha256(folder / file) for file in files}
+        sums[CFG] = _sha256_of_cfg(cfg | {"sha256": sums})
+        (folder / CFG).write_text(json.dumps(cfg | {"sha256": sums}, indent=2))
+
+    write_durably(path, write, size=sum(t.nbytes for tensors in files.values() for t in tensors.values()) + 2**13)
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> BaseAutoencoder:
+    """The SAE saved in the folder `path`, of its exact class, in evaluation mode, on `device` (its cfg says so too).
+
+    Raises ValueError, naming the file and what is wrong with it, when the folder is not a whole checkpoint of ours,
+    exactly as it was saved, or its numbers are not finite. Links are followed: caches are made of them.
+    """
+    path = Path(path)
+    saved, cfg, dtype = _read_cfg(path / CFG)
+    for file in (WEIGHTS, COUNTERS):
+        if not (path / file).is_file():
+            raise ValueError(f"{path / file}: no such file; the checkpoint is incomplete")
+    size, needed = (path / WEIGHTS).stat().st_size, 2 * cfg.act_size * cfg.dict_size * dtype.itemsize
+    if size < needed:  # no memory is asked for that the file could not fill
+        raise ValueError(f"{path / WEIGHTS}: truncated: it has {size:,} bytes, by cfg.json at least {needed:,}")
+
+    sae = SAE_TYPES[cfg.sae_type](replace(cfg, device=str(device))).to(dtype)
+    files = {name: _read_tensors(path / name, like, saved["sha256"][name]) for name, like in _tensors(sae).items()}
+    if cfg.sae_type == "batchtopk":
+        threshold = files[WEIGHTS]["threshold"]
+        if not torch.equal(threshold, threshold[:1].expand_as(threshold)):
+            raise ValueError(f"{path / WEIGHTS}: threshold differs between latents, a batchtopk has one for all")
+        files[WEIGHTS]["threshold"] = threshold[0]
+    sae.load_state_dict(files[WEIGHTS] | files[COUNTERS])
+    return sae.to(device).eval()
+
+
+def _tensors(sae: BaseAutoencoder) -> dict[str, dict[str, Tensor]]:
+    """What each safetensors file of a checkpoint holds."""
     weights = {name: p.detach().contiguous() for name, p in sae.named_parameters()}
     if sae.cfg.sae_type == "batchtopk":
         weights["threshold"] = sae.threshold.expand(sae.cfg.dict_size).contiguous()
-    counters = {name: b for name, b in sae.named_buffers() if name != "threshold"}
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    temporary.mkdir()
-    try:
-        (temporary / CFG).write_text(json.dumps(_sae_lens_cfg(sae), indent=2))
-        save_file(weights, temporary / WEIGHTS)
-        save_file(counters, temporary / COUNTERS)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    if path.exists():
-        replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-        path.rename(replaced)
-        temporary.rename(path)
-        shutil.rmtree(replaced)
-    else:
-        temporary.rename(path)
+    return {WEIGHTS: weights, COUNTERS: {name: b for name, b in sae.named_buffers() if name != "threshold"}}
 
 
-def _sae_lens_cfg(sae: BaseAutoencoder) -> dict:
-    cfg = sae.cfg
+def _sae_lens_cfg(cfg: Config, dtype: torch.dtype) -> dict:
     architecture = ARCHITECTURES[cfg.sae_type]
     return {
         "architecture": architecture,
         "d_in": cfg.act_size,
         "d_sae": cfg.dict_size,
-        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "layer_norm" if cfg.input_unit_norm else "none",
@@ -223,68 +250,93 @@ def _sae_lens_cfg(sae: BaseAutoencoder) -> dict:
             "dataset_path": cfg.dataset_path,
             "training_architecture": cfg.sae_type,
         },
-        "nn_decompositions": cfg.to_dict(),
     }
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> BaseAutoencoder:
-    """The SAE saved in the folder `path`, of its exact class, in evaluation mode, on `device` (its cfg says so too).
-
-    Raises ValueError, naming the file and what is wrong with it, when the folder is not a whole checkpoint of ours.
-    """
-    path = Path(path)
-    cfg = replace(_read_config(path / CFG), device=str(device))
-    sae = SAE_TYPES[cfg.sae_type](cfg)
-    weights, counters = _read_tensors(path / WEIGHTS), _read_tensors(path / COUNTERS)
-    expected = {name: p.shape for name, p in sae.named_parameters()}
-    buffers = {name: b.shape for name, b in sae.named_buffers() if name != "threshold"}
-    if cfg.sae_type == "batchtopk":
-        expected["threshold"] = torch.Size([cfg.dict_size])
-    _check_shapes(path / WEIGHTS, weights, expected)
-    _check_shapes(path / COUNTERS, counters, buffers)
-    if cfg.sae_type == "batchtopk":
-        threshold = weights["threshold"]
-        if not torch.equal(threshold, threshold[:1].expand_as(threshold)):
-            raise ValueError(f"{path / WEIGHTS}: threshold differs between latents, a batchtopk has one for all")
-        weights["threshold"] = threshold[0]
-    sae.to(weights["W_dec"].dtype).load_state_dict(weights | counters)
-    return sae.to(device).eval()
-
-
-def _read_config(file: Path) -> Config:
+def _read_cfg(file: Path) -> tuple[dict, Config, torch.dtype]:
+    """cfg.json, our Config in it and the format of the weights, once all three agree and are as they were saved."""
     if not file.is_file():
         raise ValueError(
             f"{file}: no such file; give the folder of a checkpoint, such as runs/<sweep>/<name>/step-000195"
         )
+    if file.stat().st_size > CFG_BYTES:
+        raise ValueError(f"{file}: {file.stat().st_size:,} bytes; this library writes at most {CFG_BYTES:,}")
     try:
-        cfg = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        saved = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
-    fields = cfg.get("nn_decompositions") if isinstance(cfg, dict) else None
+    fields = saved.get("nn_decompositions") if isinstance(saved, dict) else None
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: no field 'nn_decompositions'; this checkpoint was not written by this library")
-    known = Config.__dataclass_fields__.keys()
-    if fields.keys() != known:
-        wrong = ", ".join(sorted(fields.keys() ^ known))
-        raise ValueError(f"{file}: nn_decompositions has missing or unknown fields: {wrong}")
+    _check_names(f"{file}: nn_decompositions", fields, Config.__dataclass_fields__)
+    for field, value in fields.items():
+        if isinstance(value, list | dict):
+            raise ValueError(f"{file}: nn_decompositions: {field} holds a {type(value).__name__}; give a plain value")
     try:
-        return Config(**fields)
+        cfg = Config(**fields)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    if cfg.act_size is None:
+        raise ValueError(f"{file}: act_size = None: give the width of the activations")
+
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES if dtype.is_floating_point}
+    dtype = saved.get("dtype")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise ValueError(f"{file}: dtype is not one of {', '.join(dtypes)}")
+    expected = _sae_lens_cfg(cfg, dtypes[dtype])
+    metadata = saved["metadata"] if isinstance(saved.get("metadata"), dict) else {}
+    _check_agree(f"{file}: metadata.", metadata, expected["metadata"])
+    _check_names(f"{file}: metadata", metadata, expected.pop("metadata"))
+    _check_agree(f"{file}: ", saved, expected)
+    _check_names(f"{file}", saved, expected.keys() | {"metadata", "nn_decompositions", "sha256"})
+
+    sums = saved["sha256"] if isinstance(saved["sha256"], dict) else {}
+    _check_names(f"{file}: sha256", sums, {CFG, WEIGHTS, COUNTERS})
+    if not all(isinstance(value, str) for value in sums.values()) or sums[CFG] != _sha256_of_cfg(saved):
+        raise ValueError(f"{file}: does not match its own SHA-256; it was changed after it was saved")
+    return saved, cfg, dtypes[dtype]
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; the checkpoint is incomplete")
+def _check_names(place: str, found: dict, expected: Iterable[str]) -> None:
+    if found.keys() != set(expected):
+        missing, unknown = sorted(set(expected) - found.keys()), sorted(found.keys() - set(expected))
+        raise ValueError(f"{place}: {missing} are missing, {unknown[:3]} are unknown; this library did not write it so")
+
+
+def _check_agree(place: str, found: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        if name not in found or type(found[name]) is not type(value) or found[name] != value:
+            raise ValueError(f"{place}{name} is missing or not {value!r}, which nn_decompositions says")
+
+
+def _read_tensors(file: Path, like: dict[str, Tensor], sha256: str) -> dict[str, Tensor]:
+    """The tensors of a file, which must have the names, shapes and formats of `like`, and the sum."""
     try:
-        return load_file(file)
+        with safe_open(file, "pt") as opened:
+            found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
+            _check_names(f"{file}", found, like)
+            for name, tensor in like.items():
+                shape, dtype = found[name].get_shape(), found[name].get_dtype()
+                if shape != list(tensor.shape) or dtype != DTYPES[tensor.dtype]:
+                    says = f"{DTYPES[tensor.dtype]} {list(tensor.shape)}"
+                    raise ValueError(f"{file}: {name} is {dtype} {shape}; cfg.json says {says}")
+            if _sha256(file) != sha256:
+                raise ValueError(f"{file}: does not match its SHA-256 in cfg.json; it is damaged, or of another SAE")
+            tensors = opened.get_tensors()
     except SafetensorError as error:
-        raise ValueError(f"{file}: not readable as safetensors ({error})") from None
+        raise ValueError(f"{file}: not readable as safetensors ({' '.join(str(error).split())})") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{file}: {name} has numbers that are not finite; the training diverged, lower lr")
+    return tensors
 
 
-def _check_shapes(file: Path, tensors: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
-    if tensors.keys() != expected.keys():
-        raise ValueError(f"{file}: holds {', '.join(sorted(tensors))}; expected {', '.join(sorted(expected))}")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise ValueError(f"{file}: {name} is {list(tensors[name].shape)}; cfg.json says {list(shape)}")
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sha256_of_cfg(cfg: dict) -> str:
+    """Of all that cfg.json says, but for this sum."""
+    sums = {file: value for file, value in cfg["sha256"].items() if file != CFG}
+    return hashlib.sha256(json.dumps(cfg | {"sha256": sums}, sort_keys=True).encode()).hexdigest()

@@ -6,6 +6,7 @@ python results.py wandb:entity/project --group NAME     the same from W&B, writt
 
 import json
 import math
+import re
 import sys
 from itertools import cycle, zip_longest
 from pathlib import Path
@@ -29,6 +30,7 @@ METRICS = (
     "l0", "l1", "mse", "explained_variance", "ce", "ce_clean", "ce_zero", "ce_mean", "ce_degradation", "ce_recovered",
     "ce_recovered_mean", "kl", "dead_share",
 )  # fmt: skip
+CHECKPOINT = re.compile("step-[0-9]{1,18}")
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", ":", "-.")
 
@@ -69,8 +71,10 @@ def _local_rows(root: Path, group: str | None) -> list[dict]:
         run, name = folder.resolve().parts[-2:]
         if group is not None and run != group:
             continue
-        config = _parse((folder / "config.json").read_text(), f"{folder / 'config.json'}")
-        steps = {int(p.name[5:]): str(p) for p in folder.glob("step-*") if p.name[5:].isdigit()}
+        config = _parse((folder / "config.json").read_bytes(), f"{folder / 'config.json'}")
+        if missing := {"sae_type", "dict_size", "top_k", "l1_coeff"} - config.keys():
+            raise ValueError(f"{folder / 'config.json'}: no field {min(missing)!r}; it is not a Config")
+        steps = {int(p.name[5:]): str(p) for p in folder.iterdir() if CHECKPOINT.fullmatch(p.name) and p.is_dir()}
         checkpoint = steps[max(steps)] if steps else None
         rows.append(_row(run, name, config, _read_metrics(folder / "metrics.jsonl"), checkpoint))
     return rows
@@ -93,20 +97,26 @@ def _row(run: str, name: str, config: dict, last: dict, checkpoint: str | None) 
 
 def _read_metrics(path: Path) -> dict[str, float]:
     """The last value of each key, as the summary of a W&B run has it."""
-    lines = path.read_text().splitlines()
-    if lines and not lines[-1].endswith("}"):
+    lines = path.read_bytes().splitlines()
+    if lines and not lines[-1].endswith(b"}"):
         lines.pop()  # a killed process left it incomplete
     last = {}
     for number, line in enumerate(lines, start=1):
-        last |= _parse(line, f"{path}, line {number}")
+        row = _parse(line, f"{path}, line {number}")
+        if wrong := [key for key, value in row.items() if not isinstance(value, int | float)]:
+            raise ValueError(f"{path}, line {number}: {wrong[0]!r} is not a number")
+        last |= row
     return last
 
 
-def _parse(text: str, place: str) -> dict:
+def _parse(text: bytes, place: str) -> dict:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg})") from error
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: holds {type(value).__name__}, not an object of fields")
+    return value
 
 
 def format_table(df: pd.DataFrame) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -88,12 +89,14 @@ def test_stream_differs_exactly_where_the_activations_do(field: str) -> None:
         "-rf",
         "a\nb",
         "x" * 999,
+        "中" * 99,
+        "é\ud800",
     ],
 )
 def test_name_is_a_plain_file_name(model_name: str) -> None:
     for cfg in (Config(model_name=model_name), Config(model_name=model_name, sae_type="vanilla", l1_coeff=1e-9)):
         assert Path(cfg.name).name == cfg.name and len(cfg.name) < 150
-        assert cfg.name[0] not in ".-" and all(c.isalnum() or c in "-_." for c in cfg.name)
+        assert cfg.name[0] not in ".-" and re.fullmatch("[A-Za-z0-9_.-]+", cfg.name)
         assert f"-L2-resid_pre-{cfg.sae_type}-2048-{cfg.sparsity_label}-" in cfg.name
 
 
@@ -129,6 +132,11 @@ def test_device_and_dtype_become_torch_s(monkeypatch: pytest.MonkeyPatch) -> Non
         assert Config().torch_device == torch.device(device)
 
 
+def test_whole_numbers_too_large_for_a_float_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^lr = 10+: give less than 2\*\*63$"):
+        Config(lr=10**400)
+
+
 def test_whole_numbers_are_taken_for_floats() -> None:
     cfg = Config(lr=1, beta1=0)
     assert type(cfg.lr) is float and type(cfg.beta1) is float
@@ -145,6 +153,8 @@ REFUSED = [
     *((field, -3, "above 0") for field in POSITIVE),
     *((field, -1, "0 or more") for field in ("layer", "l1_coeff", "threshold_init", "aux_penalty", "seed")),
     *((field, " ", "give a name") for field in ("model_name", "dataset_path", "wandb_project", "output_dir")),
+    ("model_name", "a\0b", "give a name"),
+    *((field, 2**63, "less than 2**63") for field in ("layer", "dict_size", "act_size")),
     *((field, None, "give int") for field in ("layer", "seq_len", "seed", "top_k")),
     *((field, "3", "give int or None") for field in ("act_size", "checkpoint_freq")),
     *((field, value, "between 0 and 1") for field in ("lr_warmup", "sparsity_warmup") for value in (-0.1, 1.1)),
@@ -168,7 +178,10 @@ REFUSED = [
     ("site", "resid_per", "did you mean 'resid_pre'? give one of resid_pre, resid_mid"),
     ("dtype", "fp32", "give one of float32, bfloat16, float16"),
     ("wandb_mode", "on", "give one of offline, online, disabled"),
-    *(("device", device, '"auto", "cpu"') for device in ("gpu", "cuda:", "cuda:x", "mps", "")),
+    *(
+        ("device", device, '"auto", "cpu"')
+        for device in ("gpu", "cuda:", "cuda:x", "mps", "", "cuda:²", "cuda:01", "cuda:1\n", "cuda:999")
+    ),
 ]
 
 

@@ -154,6 +154,47 @@ def test_latest_checkpoint_is_the_largest_number(tmp_path: Path) -> None:
     assert without is None
 
 
+def test_folders_with_odd_names(tmp_path: Path) -> None:
+    """Glob characters, a leading dash, spaces, a line break, and what only looks like a checkpoint."""
+    odd = tmp_path / "-a [b]*\n é" / "..c"
+    folder = write_sae(odd, Config(), evaluation(30.0))
+    for name in (
+        "step-7",
+        "step-²",
+        "step-٣",
+        "step-" + "9" * 200,
+        "step-8\n",
+        "step--9",
+        ".step-9.writing-1-0123abcd",
+    ):
+        (folder / name).mkdir()
+    (folder / "step-10").write_text("no folder")
+    for root in (tmp_path, odd, folder):
+        (sae,) = load_results(root).itertuples()
+        assert (sae.run, sae.name, sae.checkpoint) == ("..c", Config().name, str(folder / "step-7"))
+
+
+@pytest.mark.parametrize(
+    "file, text, said",
+    [
+        ("config.json", b"[1]", "holds list, not"),
+        ("config.json", b"\xff", "not JSON"),
+        ("config.json", b"[" * 100_000, "not JSON"),
+        ("config.json", b'{"sae_type": "topk"}', "no field 'dict_size'"),
+        ("metrics.jsonl", b'{"step": 1}\n3\n{}', "line 2: holds int"),
+        ("metrics.jsonl", b'{"step": 1, "eval/l0": {}}', "line 1: 'eval/l0' is not a number"),
+        ("metrics.jsonl", b'{"step": 1, "\xff": 1}', "line 1: not JSON"),
+    ],
+)
+def test_a_file_of_something_else_is_named(tmp_path: Path, file: str, text: bytes, said: str) -> None:
+    folder = write_sae(tmp_path / "s", Config(), evaluation(30.0))
+    (folder / file).write_bytes(text)
+    with pytest.raises(ValueError) as error:
+        load_results(tmp_path)
+    assert str(error.value).startswith(str(folder / file)) and said in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("lines", [(), ({"step": 20, "tokens": 40_960, "train/loss": 0.5, "train/l0": 9.0},)])
 def test_no_evaluation_yet(tmp_path: Path, lines: tuple[dict, ...]) -> None:
     write_sae(tmp_path / "s", Config(), *lines)

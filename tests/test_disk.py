@@ -1,0 +1,246 @@
+"""disk.py, and checkpoints on it: killed at every line, on a full disk, beside what others left."""
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import disk
+import logs
+from config import Config
+from disk import save_tensors, write_durably
+from logs import load_checkpoint, save_checkpoint
+from results import load_results
+from sae import BaseAutoencoder, build_sae
+
+FORK = multiprocessing.get_context("fork")
+
+
+def sae(seed: int, dict_size: int = 4) -> BaseAutoencoder:
+    return build_sae(Config(sae_type="topk", act_size=3, dict_size=dict_size, top_k=2, seed=seed, device="cpu"))
+
+
+def in_child(work: Callable[[], object]) -> tuple[int, str]:
+    """Exit code of a child process that does the work, and the error it ended with."""
+    receiver, sender = FORK.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            work()
+            sender.send("")
+        except BaseException as error:
+            sender.send(f"{type(error).__name__}: {error}")
+
+    child = FORK.Process(target=run)
+    child.start()
+    sender.close()
+    child.join()
+    return child.exitcode, receiver.recv() if child.exitcode == 0 else ""
+
+
+def killed_at(line: int, work: Callable[[], object]) -> Callable[[], object]:
+    """`work`, whose process kills itself where it comes to its line-th line of disk.py and logs.py."""
+    left = line
+
+    def trace(frame: object, event: str, _: object) -> Callable | None:
+        nonlocal left
+        if frame.f_code.co_filename not in (disk.__file__, logs.__file__):
+            return None
+        left -= event == "line"
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    def traced() -> None:
+        sys.settrace(trace)
+        work()
+        sys.settrace(None)
+
+    return traced
+
+
+def seed_of(checkpoint: Path) -> int:
+    """Of the SAE there, which is loaded, and the one with that seed."""
+    loaded = load_checkpoint(checkpoint)
+    expected = sae(loaded.cfg.seed).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+    return loaded.cfg.seed
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_killed_at_any_line_a_checkpoint_is_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # it is slow, and who is killed keeps the power
+    kills, gaps, replaced = 0, 0, 0
+    for line in range(1, 1000, 1 if existing else 5):
+        parent = tmp_path / "sweep" / f"killed-at-{line}"
+        parent.mkdir(parents=True)
+        (parent / "config.json").write_text(json.dumps(Config().to_dict()))
+        (parent / "metrics.jsonl").write_text("")
+        path = parent / "step-000010"
+        if existing:
+            save_checkpoint(sae(1), path)
+        code, error = in_child(killed_at(line, lambda path=path: save_checkpoint(sae(2), path)))
+        assert (code, error) in ((-signal.SIGKILL, ""), (0, ""))
+        if code == 0:
+            assert seed_of(path) == 2
+            break
+        kills += 1
+
+        visible = {p.name for p in parent.iterdir() if not p.name.startswith(".")} - {"config.json", "metrics.jsonl"}
+        assert visible <= {"step-000010"}
+        assert list(load_results(parent)["checkpoint"]) == ([str(path)] if visible else [None])
+        if visible:
+            replaced += seed_of(path) == 2
+        elif existing:
+            gaps += 1
+            hidden = [p for p in parent.iterdir() if p.name.startswith(".step-000010.")]
+            assert sorted(seed_of(p) for p in hidden) == [1, 2]
+
+        save_checkpoint(sae(3), parent / "step-000020")  # sweeps
+        assert set(os.listdir(parent)) - {"step-000010"} == {"step-000020", "config.json", "metrics.jsonl"}
+        assert path.exists() or not existing
+        if path.exists():
+            assert seed_of(path) in (1, 2)
+    assert kills > 10 and (gaps > 0) == existing and (replaced > 0) == existing
+
+
+def test_a_file_killed_at_any_line_is_the_old_or_the_new(tmp_path: Path) -> None:
+    found = []
+    for line in range(1, 1000):
+        write_durably(tmp_path / "state", b"old")
+        assert os.listdir(tmp_path) == ["state"]
+        code, _ = in_child(killed_at(line, lambda: write_durably(tmp_path / "state", b"new")))
+        found.append((tmp_path / "state").read_bytes())
+        if code == 0:
+            break
+    assert len(found) > 10 and found == sorted(found, reverse=True) and set(found) == {b"old", b"new"}
+
+
+def test_a_file_is_made_with_its_folders_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "state"
+    write_durably(str(path), b"1")
+    write_durably(path, lambda file: save_tensors({"x": torch.ones(3)}, file))
+    write_durably(path, b"2")
+    assert path.read_bytes() == b"2" and os.listdir(path.parent) == ["state"]
+    with pytest.raises(IsADirectoryError):
+        write_durably(path.parent, b"3")
+    assert path.read_bytes() == b"2" and os.listdir(tmp_path / "a") == ["b"]
+
+
+def test_all_is_flushed_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def noted(descriptor: int, fsync: Callable = os.fsync) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def renamed(self: Path, target: Path, replace: Callable = Path.replace) -> None:
+        done.append("renamed")
+        replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "replace", renamed)
+    save_checkpoint(sae(1), tmp_path / "c")
+    assert sorted(path.name for path in done[:3]) == ["cfg.json", "counters.safetensors", "sae_weights.safetensors"]
+    assert done[3] == done[0].parent and done[4:] == ["renamed", tmp_path]
+
+
+def test_what_living_processes_write_and_what_others_own_is_left_alone(tmp_path: Path) -> None:
+    gone = FORK.Process(target=int)
+    gone.start()
+    gone.join()
+    here, stale = os.getpid(), f"{gone.pid}-0123abcd"
+    kept = [
+        f".c.writing-{here}-{disk._NUMBER}", f".c.writing-{os.getppid()}-0123abcd", f".c.writing-{stale}.bak",
+        f".c.reading-{stale}", f"c.writing-{stale}", f".c.writing-0-{stale}", ".c.writing-99999999999-0123abcd",
+    ]  # fmt: skip
+    swept = [f".c.writing-{stale}", f".c\nd.writing-{stale}", f".c.writing-{here}-ffffffff", f".kept.replaced-{stale}"]
+    for name in (*kept, *swept, f".lost.replaced-{stale}", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / f".link.writing-{stale}").symlink_to(tmp_path / "kept")
+    write_durably(tmp_path / "new", b"")
+    assert set(os.listdir(tmp_path)) == {*kept, "kept", "lost", "new"}
+    assert (tmp_path / "lost" / "file").read_text() == f".lost.replaced-{stale}"
+    assert (tmp_path / "kept" / "file").read_text() == "kept"
+
+
+# ---- no room ----
+
+
+def limited(work: Callable[[], object], limit: int) -> Callable[[], object]:
+    def run() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        work()
+
+    return run
+
+
+def assert_no_room(error: str, reason: str, path: Path, at_least: int) -> None:
+    assert error.startswith("OSError: ") and reason in error and repr(str(path)) in error and "\n" not in error
+    needed = error.split(" bytes are needed, ")[0].rsplit(" ", 1)[1]
+    free = error.split(" bytes are needed, ")[1].split(" ")[0]
+    assert at_least <= int(needed.replace(",", "")) < at_least + 10_000
+    assert int(free.replace(",", "")) <= shutil.disk_usage(path.parent).total
+
+
+@pytest.mark.parametrize("limit", [0, 100, 3000])
+def test_a_file_size_limit_is_named_and_the_old_checkpoint_is_there(tmp_path: Path, limit: int) -> None:
+    save_checkpoint(sae(1), tmp_path / "c")
+    big = sae(2, dict_size=1000)
+    for path in (tmp_path / "c", tmp_path / "d"):
+        code, error = in_child(limited(lambda path=path: save_checkpoint(big, path), limit))
+        assert code == 0
+        assert_no_room(error, "File too large", path, at_least=1000 * (2 * 3 * 4 + 4 + 8))
+        assert os.listdir(tmp_path) == ["c"] and seed_of(tmp_path / "c") == 1
+    code, error = in_child(limited(lambda: write_durably(tmp_path / "c" / "f", bytes(5000)), limit))
+    assert_no_room(error, "File too large", tmp_path / "c" / "f", at_least=5000)
+    assert seed_of(tmp_path / "c") == 1 and "f" not in os.listdir(tmp_path / "c")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 128 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting is not permitted")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_named_and_the_old_checkpoint_is_there(small_disk: Path) -> None:
+    path = small_disk / "c"
+    save_checkpoint(sae(1), path)
+    for target in (path, small_disk / "d"):
+        with pytest.raises(OSError) as error:
+            save_checkpoint(sae(2, dict_size=10_000), target)
+        assert error.value.errno == errno.ENOSPC
+        assert_no_room(
+            f"OSError: {error.value}", "No space left on device", target, at_least=10_000 * (2 * 3 * 4 + 4 + 8)
+        )
+        assert os.listdir(small_disk) == ["c"] and seed_of(path) == 1
+    for kilobytes in range(4, 128, 4):  # from a disk with no room for a part of it to one with room for all
+        (small_disk / "other").write_bytes(bytes(1024 * (112 - kilobytes)) if kilobytes < 112 else b"")
+        try:
+            save_checkpoint(sae(2, dict_size=1000), path)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC and sorted(os.listdir(small_disk)) == ["c", "other"]
+            assert seed_of(path) == 1
+        else:
+            break
+    assert kilobytes > 20 and load_checkpoint(path).cfg.dict_size == 1000
