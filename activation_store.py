@@ -5,6 +5,7 @@ The store streams: it holds one buffer of activations, refills the half that has
 
 import contextlib
 import os
+import random
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from config import SITES, Config
 from text import TextPosition, TextStream, load_documents, token_windows
 
 COPIED_ROWS = 1 << 16  # at a time from a GPU
+HELD_OUT_CHOICE = 32
 PREFETCHED = 8  # batches of windows: documents are tokenised many at a time
 TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 
@@ -206,13 +208,16 @@ class ActivationsStore:
         return self._progress.tokens_seen
 
     def held_out_tokens(self) -> Int[Tensor, "window pos"]:
-        """The first cfg.eval_windows windows of the held-out text: the same ones whenever asked."""
+        """cfg.eval_windows windows of the held-out text, the same ones whenever asked: a sample of the first
+        HELD_OUT_CHOICE times as many, as one long document can be many windows in a row.
+        """
         cfg = self.cfg
         documents = load_documents(cfg.dataset_path, cfg.dataset_name, held_out=True)
-        windows = list(islice(token_windows(documents, self.model.tokenizer, cfg.seq_len), cfg.eval_windows))
-        if not windows:
+        windows = token_windows(documents, self.model.tokenizer, cfg.seq_len)
+        first = list(islice(windows, HELD_OUT_CHOICE * cfg.eval_windows))
+        if not first:
             raise ValueError(f"dataset_path = {cfg.dataset_path!r}: the held-out tenth has no {cfg.seq_len} tokens")
-        return torch.stack(windows)
+        return torch.stack(random.Random(0).sample(first, min(cfg.eval_windows, len(first))))
 
     def _check_memory(self) -> None:
         """Refuse a buffer that does not fit, before the system kills the process for it."""

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+import choose
 import sparse
 from config import Config, SaeType
 from sparse import Selection, SparseLatents, Support
@@ -249,11 +250,9 @@ class BaseAutoencoder(nn.Module):
         It is the error's unexplained share, MSE(e_hat, e) / MSE(mean(e), e).
         """
         k = self.cfg.top_k_aux
-        selection = sparse.select_above(
-            self._for_product(centred), W_enc, b_enc, torch.zeros_like(b_enc), sparse.MAX_DENSITY
-        )
+        selection = choose.above(self._for_product(centred), W_enc, b_enc, torch.zeros_like(b_enc), choose.MAX_DENSITY)
         if selection is not None:
-            selection = sparse.at_most(selection, k)
+            selection = choose.at_most(selection, k)
             pre = sparse.pre_activations(z, W_enc, b_enc, self.b_dec, centred, selection)
             e_hat = sparse.decode(torch.relu(pre), selection.support, W_dec)
         else:
@@ -263,7 +262,7 @@ class BaseAutoencoder(nn.Module):
                 pre = centred @ W_enc + (b_enc - (self.b_dec - self.b_dec.detach()) @ W_enc)
             acts = torch.relu(pre)
             if pre.shape[1] > k:
-                acts = acts * sparse.topk_mask(pre, k)
+                acts = acts * choose.topk_mask(pre, k)
             e_hat = acts @ W_dec
         unexplained = (e_hat - error).pow(2).mean()
         variance = (error - error.mean(dim=0)).pow(2).mean()
@@ -310,7 +309,7 @@ class VanillaSAE(BaseAutoencoder):
     weighs_norms = True
 
     def select(self, centred: Tensor) -> Selection | None:
-        return sparse.select_above(centred, self.W_enc, self.b_enc, torch.zeros_like(self.b_enc), sparse.MAX_DENSITY)
+        return choose.above(centred, self.W_enc, self.b_enc, torch.zeros_like(self.b_enc), choose.MAX_DENSITY)
 
     def activate(self, pre: Tensor, support: Support | None) -> Tensor:
         return torch.relu(pre)
@@ -328,10 +327,10 @@ class TopKSAE(BaseAutoencoder):
     uses_auxk = True
 
     def select(self, centred: Tensor) -> Selection | None:
-        return sparse.select_topk(centred, self.W_enc, self.b_enc, self.cfg.top_k)
+        return choose.topk(centred, self.W_enc, self.b_enc, self.cfg.top_k)
 
     def activate(self, pre: Tensor, support: Support | None) -> Tensor:
-        return torch.relu(pre if support is not None else pre * sparse.topk_mask(pre, self.cfg.top_k))
+        return torch.relu(pre if support is not None else pre * choose.topk_mask(pre, self.cfg.top_k))
 
 
 class BatchTopKSAE(BaseAutoencoder):
@@ -350,13 +349,11 @@ class BatchTopKSAE(BaseAutoencoder):
 
     def select(self, centred: Tensor) -> Selection | None:
         if self.training:
-            selection = sparse.select_batchtopk(
-                centred, self.W_enc, self.b_enc, self.cfg.top_k, guess=0.9 * self.threshold
-            )
+            selection = choose.batchtopk(centred, self.W_enc, self.b_enc, self.cfg.top_k, guess=0.9 * self.threshold)
             self._update_threshold(selection.pre)
             return selection
         floor = self.threshold.expand_as(self.b_enc)
-        return sparse.select_above(centred, self.W_enc, self.b_enc, floor, sparse.MAX_DENSITY)
+        return choose.above(centred, self.W_enc, self.b_enc, floor, choose.MAX_DENSITY)
 
     def activate(self, pre: Tensor, support: Support | None) -> Tensor:
         return pre * (pre > self.threshold) if support is None else torch.relu(pre)
@@ -440,7 +437,7 @@ class JumpReLUSAE(BaseAutoencoder):
 
     def select(self, centred: Tensor) -> Selection | None:
         window = self.threshold.detach() - self.eps / 2
-        return sparse.select_above(centred, self.W_enc, self.b_enc, window, sparse.MAX_DENSITY)
+        return choose.above(centred, self.W_enc, self.b_enc, window, choose.MAX_DENSITY)
 
     def activate(self, pre: Tensor, support: Support | None) -> Tensor:
         return _JumpReLU.apply(pre, _at(self.threshold, support), self.eps)

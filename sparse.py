@@ -1,4 +1,4 @@
-"""The sparse code: choose the latents that fire, decode them, and send gradients back through them alone.
+"""The sparse code: decode the latents that were chosen (choose.py), and send gradients back through them alone.
 
     pre   = (x - b_dec) W_enc + b_enc          [B, F]   one dense product, a chunk of latents at a time
     S     = the support: the (row, latent) pairs that a type keeps; everything outside has zero derivative
@@ -15,27 +15,19 @@ and, with g = d loss / d x_hat and h = d loss / d pre on S,
 No [B, F] tensor outlives a chunk. Axes: B batch, D act_size, F dict_size, nnz entries of the support.
 """
 
-import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import embedding_bag
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-# A chunk of pre-activations that stays in a CPU's cache makes the product itself faster; a GPU wants few launches.
-CPU_CHUNK_ROWS, CPU_CHUNK_LATENTS = 2048, 3072
-GROUP = 16  # pre-activations whose maximum is taken together
-GPU_CHUNK_ELEMENTS = 1 << 27
-MAX_DENSITY = 0.1  # share of latents above which a dense step is faster than a sparse one
-SAMPLE_ROWS = 32  # that tell how dense a batch is
 BAGGED_LATENTS = 1024  # whose gradient is made in a CPU's cache before it is copied into reused memory
 
 
@@ -96,200 +88,6 @@ class Selection(NamedTuple):
 
     pre: Float[Tensor, "nnz"]
     support: Support
-
-
-# ---- choosing: one pass over the encoder product ----
-
-
-def _chunks(
-    x: Float[Tensor, "batch act_size"], W_enc: Float[Tensor, "act_size dict_size"], b_enc: Float[Tensor, "dict_size"]
-) -> Iterator[tuple[slice, slice, Float[Tensor, "rows latents"]]]:
-    """Pre-activations x W_enc + b_enc in x's dtype, a block at a time, with its rows and latents, in one buffer."""
-    batch, dict_size = len(x), W_enc.shape[1]
-    if x.is_cuda:
-        rows, latents = batch, min(dict_size, max(1024, GPU_CHUNK_ELEMENTS // batch))
-    else:
-        rows, latents = min(batch, CPU_CHUNK_ROWS), min(dict_size, CPU_CHUNK_LATENTS)
-    buffer = x.new_empty(rows * latents)
-    for r in range(0, batch, rows):
-        x_r = x[r : r + rows]
-        for l in range(0, dict_size, latents):
-            block = slice(l, min(l + latents, dict_size))
-            pre = buffer[: len(x_r) * (block.stop - l)].view(len(x_r), -1)
-            torch.addmm(b_enc[block].to(x.dtype), x_r, W_enc[:, block].to(x.dtype), out=pre)
-            yield slice(r, r + len(x_r)), block, pre
-
-
-@torch.no_grad()
-def select_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection:
-    """The k largest pre-activations of each row: x [batch, act_size] (b_dec subtracted) -> nnz = batch * k.
-
-    On a CPU a top-k of everything is slow. The maxima of small groups in the first block of latents tell a number that
-    each row's k-th largest entry almost surely reaches; the top-k is then among the entries that do. The rows where
-    too few do (they are counted) are chosen directly.
-    """
-    dict_size = W_enc.shape[1]
-    first = min(dict_size, CPU_CHUNK_LATENTS)
-    mean = k * first / dict_size  # entries of the top k in the first block, if latents are in no order
-    expected = k if first == dict_size else min(k, math.ceil(mean + 4 * mean**0.5 + 3))  # rarely more
-    if x.is_cuda or expected > first // GROUP * 3 // 4:
-        values, indices = _select_topk_directly(x, W_enc, b_enc, k)
-    else:
-        found: list[_Entries] = []
-        for rows, block, pre in _chunks(x, W_enc, b_enc):
-            if block.start == 0:
-                maxima = pre[:, : first // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(dim=1)
-                floor = maxima.topk(expected, sorted=False).values.amin(dim=1, keepdim=True)  # [rows, 1]
-            found.append(_entries(pre, pre >= floor, rows, block))
-        pre, support = _by_row(found, len(x), dict_size)
-        counts = support.offsets.diff()
-        width = max(k, int(counts.max()))
-        place = support.rows * width + torch.arange(len(pre)) - support.offsets[support.rows]
-        padded = pre.new_full((len(x) * width,), -torch.inf).index_copy_(0, place, pre).view(-1, width)
-        top = padded.topk(k, sorted=False)
-        values = top.values
-        indices = support.indices[(support.offsets[:-1, None] + top.indices).clamp_max(len(pre) - 1)]
-        short = (counts < k).nonzero().squeeze(1)
-        if len(short):
-            values[short], indices[short] = _select_topk_directly(x[short], W_enc, b_enc, k)
-    offsets = torch.arange(0, len(x) * k + 1, k, device=x.device)
-    return Selection(values.flatten(), Support(indices.flatten(), offsets, dict_size))
-
-
-def _select_topk_directly(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int
-) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """By a top-k of each block, then one of what these kept."""
-    values, indices = [], []
-    best: list[tuple[Tensor, Tensor]] = []
-    for _, block, pre in _chunks(x, W_enc, b_enc):
-        top = pre.topk(min(k, pre.shape[1]), sorted=False)
-        best.append((top.values, top.indices + block.start))
-        if block.stop == W_enc.shape[1]:
-            candidates, latents = (torch.cat(c, dim=1) for c in zip(*best))
-            top = candidates.topk(k, sorted=False)
-            values.append(top.values)
-            indices.append(latents.gather(1, top.indices))
-            best.clear()
-    return torch.cat(values), torch.cat(indices)
-
-
-class _Entries(NamedTuple):
-    """Some pre-activations, with the row and the latent of each."""
-
-    pre: Float[Tensor, "entries"]
-    rows: Int[Tensor, "entries"]
-    latents: Int[Tensor, "entries"]
-
-
-def _entries(
-    pre: Float[Tensor, "rows latents"], mask: Bool[Tensor, "rows latents"], rows: slice, block: slice
-) -> _Entries:
-    """The few entries of a block where the mask is true, row after row."""
-    mask = mask.flatten()
-    if len(mask) % 8:
-        flat = mask.nonzero().squeeze(1)
-    else:  # one look at eight bytes passes over them where all are 0
-        eights = mask.view(torch.int64)
-        hits = eights.nonzero().squeeze(1)
-        hit, place = eights[hits].view(torch.bool).view(-1, 8).nonzero(as_tuple=True)
-        flat = hits[hit] * 8 + place
-    width = pre.shape[1]
-    return _Entries(pre.flatten()[flat], flat // width + rows.start, flat % width + block.start)
-
-
-def _by_row(found: list[_Entries], batch: int, dict_size: int) -> Selection:
-    """Entries found block by block, row after row."""
-    values, rows, indices = (torch.cat(c) for c in zip(*found))
-    rows, order = rows.sort(stable=True)
-    offsets = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device))
-    return Selection(values[order], Support(indices[order], offsets, dict_size))
-
-
-@torch.no_grad()
-def select_above(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, floor: Float[Tensor, "dict_size"], max_density: float
-) -> Selection | None:
-    """Every pre-activation above its latent's floor, or None where dense products are the faster way.
-
-    That is where more than `max_density` are, by a sample of rows in the first block of latents, and on a GPU always:
-    how many are found is data there, which the host would have to wait for.
-    """
-    if x.is_cuda:
-        return None
-    _, block, pre = next(_chunks(_sample(x), W_enc, b_enc))
-    if (pre > floor[block]).float().mean() > max_density:
-        return None
-    found = [_entries(pre, pre > floor[block], rows, block) for rows, block, pre in _chunks(x, W_enc, b_enc)]
-    return _by_row(found, len(x), W_enc.shape[1])
-
-
-def at_most(selection: Selection, k: int) -> Selection:
-    """The k largest pre-activations of each row's, where it has more."""
-    pre, support = selection
-    counts = support.offsets.diff()
-    if counts.max() <= k:
-        return selection
-    order = pre.sort(descending=True).indices
-    order = order[support.rows[order].sort(stable=True).indices]  # row after row, the largest first
-    rank = torch.arange(len(pre), device=pre.device) - support.offsets[support.rows]
-    kept = order[rank < k]
-    offsets = torch.cat([support.offsets[:1], counts.clamp_max(k).cumsum(0)])
-    return Selection(pre[kept], Support(support.indices[kept], offsets, support.dict_size))
-
-
-@torch.no_grad()
-def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, guess: Float[Tensor, ""]) -> Selection:
-    """The k * batch largest positive pre-activations of the whole batch; fewer where fewer are positive.
-
-    `guess` is a number that the smallest of them probably exceeds. It decides the speed, never the result: candidates
-    are the entries above it, and where these turn out too few it is lowered and the batch scanned again.
-    """
-    wanted = k * len(x)
-    if x.is_cuda:
-        return _select_batchtopk_cuda(x, W_enc, b_enc, wanted)
-    floor = max(guess.item(), 0.0) or _smallest_kept_in_sample(x, W_enc, b_enc, k)
-    while True:
-        candidates = select_above(x, W_enc, b_enc, torch.full_like(b_enc, floor), max_density=1.0)
-        if len(candidates.pre) >= wanted or floor == 0:
-            break
-        floor = floor / 2 if 1e-3 < floor < float("inf") else 0.0
-    if len(candidates.pre) <= wanted:
-        return candidates
-    kept = candidates.pre.topk(wanted, sorted=False).indices.sort().values  # rows stay in order
-    return _csr(candidates.pre[kept], candidates.support.rows[kept], candidates.support.indices[kept], len(x), b_enc)
-
-
-def _sample(x: Float[Tensor, "batch act_size"]) -> Float[Tensor, "sample act_size"]:
-    return x[:: max(1, len(x) // SAMPLE_ROWS)]
-
-
-def _smallest_kept_in_sample(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> float:
-    """What the k-th largest entry per row, on average, is for a few rows; somewhat less, for a guess."""
-    sample = _sample(x)
-    pre = torch.addmm(b_enc, sample.to(W_enc.dtype), W_enc)
-    return max(0.0, 0.9 * pre.flatten().topk(k * len(sample)).values[-1].item())
-
-
-def _select_batchtopk_cuda(x: Tensor, W_enc: Tensor, b_enc: Tensor, wanted: int) -> Selection:
-    """The same without waiting for the device: exactly `wanted` entries, of which the non-positive ones do not fire."""
-    values = x.new_empty(0)
-    keys = torch.empty(0, dtype=torch.int64, device=x.device)  # row * dict_size + latent
-    for rows, block, pre in _chunks(x, W_enc, b_enc):
-        top = pre.flatten().topk(min(wanted, pre.numel()), sorted=False)
-        row, latent = top.indices // pre.shape[1], top.indices % pre.shape[1]
-        values = torch.cat([values, top.values])
-        keys = torch.cat([keys, (row + rows.start) * len(b_enc) + latent + block.start])
-        if len(values) > wanted:
-            values, kept = values.topk(wanted, sorted=False)
-            keys = keys[kept]
-    keys, order = keys.sort()
-    return _csr(values[order], keys // len(b_enc), keys % len(b_enc), len(x), b_enc)
-
-
-def _csr(pre: Tensor, rows: Tensor, indices: Tensor, batch: int, b_enc: Tensor) -> Selection:
-    offsets = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device))
-    return Selection(pre, Support(indices, offsets, len(b_enc)))
 
 
 # ---- gradients ----
@@ -457,11 +255,3 @@ def _dots(
         check_invariants=False,
     )
     return torch.sparse.sampled_addmm(pattern, rows, matrix.t(), beta=0.0).values()
-
-
-# ---- the same choice on dense pre-activations ----
-
-
-def topk_mask(pre: Float[Tensor, "batch dict_size"], k: int) -> Tensor:
-    """True at the k largest of each row."""
-    return torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(k, dim=1, sorted=False).indices, True)

@@ -1,5 +1,5 @@
-"""Shared fixtures. Checks the shapes in the signatures of sparse.py and sae.py at every call, so it runs before they
-are imported."""
+"""Shared fixtures. Checks the shapes in the signatures of sparse.py, choose.py and sae.py at every call, so it runs
+before they are imported."""
 
 import random
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-install_import_hook(["sparse", "sae"], "beartype.beartype")
+install_import_hook(["sparse", "choose", "sae"], "beartype.beartype")
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -376,11 +376,17 @@ def test_held_out_text_is_never_trained_on_and_always_the_same(
     assert torch.equal(torch.cat(rows), serve(untouched, 250))
 
 
-def test_held_out_windows_are_the_first_whatever_the_seed(corpus: Path, lm: SimpleNamespace) -> None:
-    first = [
-        ActivationsStore(lm, config(corpus, seed=s, eval_windows=n)).held_out_tokens() for s, n in ((0, 5), (1, 3))
+def test_held_out_windows_are_a_sample_of_the_first_whatever_the_seed(
+    corpus: Path, lm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activation_store, "HELD_OUT_CHOICE", 2)
+    samples = [
+        ActivationsStore(lm, config(corpus, seed=seed, eval_windows=3)).held_out_tokens().tolist() for seed in (0, 1)
     ]
-    assert first[0].shape == (5, SEQ_LEN) and torch.equal(first[0][:3], first[1])
+    first = expected_windows(config(corpus), lm, held_out=True)[:6].tolist()
+    assert samples[0] == samples[1] and len(samples[0]) == 3
+    places = [first.index(window) for window in samples[0]]
+    assert len(set(places)) == 3 and places != [0, 1, 2]
 
 
 # ---- a real model ----

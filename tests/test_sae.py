@@ -12,7 +12,7 @@ from reference import Reference, reference
 from torch import Tensor
 from torch.testing import assert_close
 
-import sparse
+import choose
 from config import Config, SaeType
 from sae import SAE_TYPES, BaseAutoencoder, SAEOutput, build_sae
 from sparse import SparseLatents
@@ -101,9 +101,9 @@ def gradients(sae: BaseAutoencoder, out: SAEOutput, x: Tensor) -> dict[str, dict
 def test_outputs_losses_and_all_gradients_equal_the_reference(
     monkeypatch: pytest.MonkeyPatch, sae_type: str, density: float, input_unit_norm: bool, training: bool
 ) -> None:
-    monkeypatch.setattr(sparse, "MAX_DENSITY", density)
-    monkeypatch.setattr(sparse, "CPU_CHUNK_ROWS", 3)
-    monkeypatch.setattr(sparse, "CPU_CHUNK_LATENTS", 9)
+    monkeypatch.setattr(choose, "MAX_DENSITY", density)
+    monkeypatch.setattr(choose, "CPU_CHUNK_ROWS", 3)
+    monkeypatch.setattr(choose, "CPU_CHUNK_LATENTS", 9)
     sae = make_sae(sae_type, dead=DEAD, input_unit_norm=input_unit_norm).train(training)
     x = rows(B).requires_grad_()
     expected = reference_of(sae, x)
@@ -149,7 +149,7 @@ def test_a_loss_term_reaches_these_parameters_and_no_other(sae_type: str, term: 
 def test_gradient_of_W_enc_is_stored_latent_by_latent(
     monkeypatch: pytest.MonkeyPatch, sae_type: str, density: float
 ) -> None:
-    monkeypatch.setattr(sparse, "MAX_DENSITY", density)
+    monkeypatch.setattr(choose, "MAX_DENSITY", density)
     sae = make_sae(sae_type, dead=DEAD)
     loss = sae(rows(B)).loss
     (made,) = torch.autograd.grad(loss, sae.W_enc, retain_graph=True)
@@ -178,7 +178,7 @@ def test_jumprelu_steps_on_pre_activations_within_an_open_window(
     monkeypatch: pytest.MonkeyPatch, density: float
 ) -> None:
     """One latent with weight 1 and no bias, so that pre = x: every number is exact."""
-    monkeypatch.setattr(sparse, "MAX_DENSITY", density)
+    monkeypatch.setattr(choose, "MAX_DENSITY", density)
     theta, eps, l1_coeff = 0.5, 0.25, 0.125
     pre = [0.375, 0.4375, 0.5, 0.5625, 0.625, 2.0, 0.0, -0.5]  # an edge, inside, threshold, inside, an edge, outside
     cfg = config("jumprelu", act_size=1, dict_size=1, top_k=1, l1_coeff=l1_coeff, bandwidth=eps, threshold_init=theta)
@@ -259,7 +259,7 @@ def test_auxk_is_absent_in_evaluation_and_without_dead_latents(sae_type: str) ->
 def test_counters_count_training_tokens_and_restart_on_firing(
     monkeypatch: pytest.MonkeyPatch, sae_type: str, density: float
 ) -> None:
-    monkeypatch.setattr(sparse, "MAX_DENSITY", density)
+    monkeypatch.setattr(choose, "MAX_DENSITY", density)
     sae = make_sae(sae_type, dead_after_tokens=21)
     sae.b_enc.data[: F - 1] = -3.0  # few of these fire; TopK keeps some that do not
     expected = torch.zeros(F, dtype=torch.int64)
@@ -329,7 +329,7 @@ def test_batchtopk_threshold_ignores_a_batch_in_which_nothing_fires() -> None:
 
 @sparse_and_dense
 def test_batchtopk_evaluates_with_its_threshold(monkeypatch: pytest.MonkeyPatch, density: float) -> None:
-    monkeypatch.setattr(sparse, "MAX_DENSITY", density)
+    monkeypatch.setattr(choose, "MAX_DENSITY", density)
     sae, x = make_sae("batchtopk"), rows(B)
     pre = sae.dense_pre_activations(x)
     assert_close(sae.encode(x), pre * (pre > 0.4))

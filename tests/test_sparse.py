@@ -1,4 +1,4 @@
-"""sparse.py against plain dense torch, on shapes where chunks, rows and latents do not come out even."""
+"""sparse.py and choose.py against plain dense torch, on shapes where chunks, rows and latents do not come out even."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 from torch.testing import assert_close
 
+import choose
 import sparse
 from sparse import Selection, SparseLatents, Support
 
@@ -15,8 +16,8 @@ CHUNKS = [(2048, 1536), (2, 5), (3, 100), (100, 3), (1, 1)]
 
 @pytest.fixture(params=CHUNKS, ids=str)
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "CPU_CHUNK_ROWS", request.param[0])
-    monkeypatch.setattr(sparse, "CPU_CHUNK_LATENTS", request.param[1])
+    monkeypatch.setattr(choose, "CPU_CHUNK_ROWS", request.param[0])
+    monkeypatch.setattr(choose, "CPU_CHUNK_LATENTS", request.param[1])
 
 
 def problem(batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,15 +64,15 @@ def random_mask(batch: int = 7) -> Tensor:
 def test_select_topk_is_the_k_largest_of_each_row(chunks: None, batch: int, k: int) -> None:
     x, W_enc, b_enc, pre = problem(batch)
     mask = torch.stack([largest(row, k) for row in pre])
-    assert_selects(sparse.select_topk(x, W_enc, b_enc, k), pre, mask)
-    assert torch.equal(sparse.topk_mask(pre, k), mask)
+    assert_selects(choose.topk(x, W_enc, b_enc, k), pre, mask)
+    assert torch.equal(choose.topk_mask(pre, k), mask)
 
 
 def test_select_topk_treats_equal_rows_equally(chunks: None) -> None:
     x, W_enc, b_enc, pre = problem(3)
     repeat = [0, 1, 0, 2, 0]
     mask = torch.stack([largest(row, 4) for row in pre])[repeat]
-    assert_selects(sparse.select_topk(x[repeat], W_enc, b_enc, 4), pre[repeat], mask)
+    assert_selects(choose.topk(x[repeat], W_enc, b_enc, 4), pre[repeat], mask)
 
 
 @pytest.mark.parametrize("batch", [1, 7])
@@ -79,7 +80,7 @@ def test_select_topk_treats_equal_rows_equally(chunks: None) -> None:
 def test_select_above_is_what_exceeds_each_latents_floor(chunks: None, batch: int, low: float) -> None:
     x, W_enc, b_enc, pre = problem(batch)
     floor = low + torch.linspace(0, 1, F, dtype=torch.float64)
-    assert_selects(sparse.select_above(x, W_enc, b_enc, floor, max_density=1.0), pre, pre > floor)
+    assert_selects(choose.above(x, W_enc, b_enc, floor, max_density=1.0), pre, pre > floor)
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, F])
@@ -89,16 +90,16 @@ def test_at_most_keeps_the_largest_of_rows_that_have_more(k: int) -> None:
     kept = torch.stack([m & (p >= p[m].sort(descending=True).values[:k].min()) if m.any() else m
                         for p, m in zip(pre, mask)])  # fmt: skip
     entries = masked(pre, mask)
-    assert_selects(sparse.at_most(Selection(entries.values, entries.support), k), pre, kept)
+    assert_selects(choose.at_most(Selection(entries.values, entries.support), k), pre, kept)
 
 
 def test_select_above_gives_up_where_the_first_chunk_is_denser_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W_enc, b_enc, pre = problem(7)
-    monkeypatch.setattr(sparse, "CPU_CHUNK_LATENTS", 5)
+    monkeypatch.setattr(choose, "CPU_CHUNK_LATENTS", 5)
     floor = torch.zeros_like(b_enc)
     density = (pre[:, :5] > 0).double().mean().item()
-    assert sparse.select_above(x, W_enc, b_enc, floor, max_density=density - 1e-6) is None
-    assert sparse.select_above(x, W_enc, b_enc, floor, max_density=density + 1e-6) is not None
+    assert choose.above(x, W_enc, b_enc, floor, max_density=density - 1e-6) is None
+    assert choose.above(x, W_enc, b_enc, floor, max_density=density + 1e-6) is not None
 
 
 @pytest.mark.parametrize("guess", [0.0, -5.0, 1e-9, 0.7, 50.0, 1e9])
@@ -109,7 +110,7 @@ def test_select_batchtopk_is_the_largest_of_the_batch_whatever_the_guess(
     x, W_enc, b_enc, pre = problem(batch)
     mask = largest(pre, k * batch)
     assert (pre[mask] > 0).all()
-    selection = sparse.select_batchtopk(x, W_enc, b_enc, k, torch.tensor(guess, dtype=torch.float64))
+    selection = choose.batchtopk(x, W_enc, b_enc, k, torch.tensor(guess, dtype=torch.float64))
     assert_selects(selection, pre, mask)
 
 
@@ -121,7 +122,7 @@ def test_select_batchtopk_keeps_only_the_positive_ones_where_they_are_too_few(
     x, W_enc, b_enc, pre = problem(5)
     b_enc, pre = b_enc - 2, pre - 2
     assert 0 < (pre > 0).sum() < k * 5
-    selection = sparse.select_batchtopk(x, W_enc, b_enc, k, torch.tensor(guess, dtype=torch.float64))
+    selection = choose.batchtopk(x, W_enc, b_enc, k, torch.tensor(guess, dtype=torch.float64))
     assert_selects(selection, pre, pre > 0)
 
 
@@ -129,7 +130,7 @@ def test_select_batchtopk_keeps_only_the_positive_ones_where_they_are_too_few(
 def test_select_batchtopk_keeps_as_many_and_as_large_where_rows_tie(chunks: None, guess: float) -> None:
     x, W_enc, b_enc, pre = problem(2)
     repeat = [0, 1, 0, 0, 1]
-    kept, support = sparse.select_batchtopk(x[repeat], W_enc, b_enc, 2, torch.tensor(guess, dtype=torch.float64))
+    kept, support = choose.batchtopk(x[repeat], W_enc, b_enc, 2, torch.tensor(guess, dtype=torch.float64))
     assert_close(kept.sort(descending=True).values, pre[repeat].flatten().sort(descending=True).values[:10])
     assert_close(kept, pre[repeat][support.rows, support.indices])
 
@@ -139,7 +140,7 @@ def test_select_batchtopk_keeps_as_many_and_as_large_where_rows_tie(chunks: None
 def test_the_way_for_gpus_picks_the_same_firing_latents(chunks: None, batch: int, k: int, shift: float) -> None:
     x, W_enc, b_enc, pre = problem(batch)
     b_enc, pre = b_enc + shift, pre + shift
-    assert_selects(sparse._select_batchtopk_cuda(x, W_enc, b_enc, k * batch), pre, largest(pre, k * batch))
+    assert_selects(choose._batchtopk_cuda(x, W_enc, b_enc, k * batch), pre, largest(pre, k * batch))
 
 
 # ---- the format ----
@@ -195,7 +196,7 @@ def test_an_empty_support_decodes_to_zero_and_sends_zero_gradients(chunks: None)
     x, W_enc, b_enc, _ = problem(7)
     b_dec, W_dec = torch.zeros(D, dtype=torch.float64), torch.randn(F, D, dtype=torch.float64)
     leaves = [t.detach().clone().requires_grad_() for t in (x, W_enc, b_enc, b_dec, W_dec)]
-    selection = sparse.select_above(x, W_enc, b_enc, torch.full_like(b_enc, torch.inf), max_density=0.0)
+    selection = choose.above(x, W_enc, b_enc, torch.full_like(b_enc, torch.inf), max_density=0.0)
     assert len(selection.pre) == 0
     out = sparse.decode(sparse.pre_activations(*leaves[:4], x, selection), selection.support, leaves[4])
     assert torch.equal(out, torch.zeros(7, D, dtype=torch.float64))
@@ -215,13 +216,13 @@ def test_select_topk_through_group_maxima_is_the_topk(
     monkeypatch: pytest.MonkeyPatch, dict_size: int, k: int, skew: float
 ) -> None:
     """With `skew`, too few entries reach what the first block's maxima promise, and rows are chosen again."""
-    monkeypatch.setattr(sparse, "CPU_CHUNK_ROWS", 16)
-    monkeypatch.setattr(sparse, "CPU_CHUNK_LATENTS", 1024)
+    monkeypatch.setattr(choose, "CPU_CHUNK_ROWS", 16)
+    monkeypatch.setattr(choose, "CPU_CHUNK_LATENTS", 1024)
     rng = torch.Generator().manual_seed(0)
     x, W_enc = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((40, 32), (32, dict_size)))
     W_enc[:, :1024] *= skew
     b_enc = torch.randn(dict_size, generator=rng, dtype=torch.float64)
-    selection = sparse.select_topk(x, W_enc, b_enc, k)
+    selection = choose.topk(x, W_enc, b_enc, k)
     expected = (x @ W_enc + b_enc).topk(k)
     order = selection.pre.view(40, k).sort(dim=1, descending=True)
     assert_close(order.values, expected.values)

@@ -268,7 +268,7 @@ def test_an_sae_of_another_stream_is_refused(field: str, value: int) -> None:
 
 def test_only_log_steps_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, no_model: None) -> None:
     """The sparse code looks at its data to choose the faster way: on the CPU alone, where nothing is waited for."""
-    allowed = {"select_batchtopk", "_smallest_kept_in_sample", "select_above", "_bags_by_latent", "failure"}
+    allowed = {"batchtopk", "_smallest_kept_in_sample", "above", "_bags_by_latent", "failure"}
     waits: list[tuple[int, str]] = []
     saes = one_of_each(log_freq=4, dead_after_tokens=B)
     for sae in saes:
