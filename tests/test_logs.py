@@ -293,7 +293,7 @@ DAMAGES = [
     (lambda p: (p / CFG).write_bytes(b"\xff\xfe{}"), CFG, "not JSON"),
     (lambda p: (p / CFG).write_text(DEEP), CFG, "not JSON (maximum recursion depth"),
     (lambda p: (p / CFG).write_text("9" * 5000), CFG, "not JSON (Exceeds the limit"),
-    (lambda p: os.truncate(p / CFG, 10 * 2**30), CFG, "10,737,418,240 bytes"),
+    (lambda p: os.truncate(p / CFG, 2**20 + 1), CFG, "1,048,577 bytes"),
     (lambda p: (p / CFG).write_text("[1, 2]"), CFG, "not written by this library"),
     (lambda p: (p / CFG).write_text('{"architecture": "topk"}'), CFG, "not written by this library"),
     (lambda p: fields(p, colour="red"), CFG, "['colour'] are unknown"),
@@ -355,6 +355,7 @@ DAMAGES = [
             (lambda p: unreadable(p, b"{}", length=2**64 - 1), WEIGHTS, "not readable"),
             (lambda p: unreadable(p, DEEP.encode()), WEIGHTS, "not readable"),
             (lambda p: unreadable(p, entry("\\n", [9], [0, 1])), WEIGHTS, "not readable"),
+            (lambda p: unreadable(p, entry("a\nb", [1], [4, 8])), WEIGHTS, "not readable"),
             (lambda p: unreadable(p, entry("x", [1], [2**62, 2**62 + 4])), WEIGHTS, "not readable"),
         ]
         for seal in (lambda damage: damage, sealed)
