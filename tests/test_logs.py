@@ -21,6 +21,7 @@ from torch.testing import assert_close
 from wandb.proto.wandb_internal_pb2 import Record
 
 import disk
+import logs
 from config import Config
 from logs import RunLog, load_checkpoint, load_progress, save_checkpoint
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
