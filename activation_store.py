@@ -12,18 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from einops import rearrange
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+import text
 from config import SITES, Config
-from text import TextPosition, TextStream, load_documents, token_windows
+
+if TYPE_CHECKING:  # it takes seconds, and what check_model and check_text refuse is answered at once
+    from transformer_lens.model_bridge import TransformerBridge
 
 COPIED_ROWS = 1 << 16  # at a time from a GPU
 HELD_OUT_CHOICE = 32
@@ -39,19 +43,26 @@ def model_source(model_name: str) -> str:
 def check_model(cfg: Config) -> Config:
     """Compare cfg with the model's configuration, before its weights are loaded, and fill in act_size.
 
-    Raises: ValueError when layer, seq_len or act_size do not fit the model; OSError when there is no such model.
+    Raises: ValueError when it is no language model, or layer, seq_len or act_size do not fit it; OSError when there is
+    no such model.
     """
+    source = model_source(cfg.model_name)
     try:
-        hf = AutoConfig.from_pretrained(model_source(cfg.model_name)).get_text_config()
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"model_name = {cfg.model_name!r}: found neither in a folder nor on the Hub ({reason})") from None
+        hf = AutoConfig.from_pretrained(source).get_text_config()
+    except (OSError, ValueError, StrictDataclassError) as error:
+        problem = "has no good config.json" if os.path.exists(source) else "found neither in a folder nor on the Hub"
+        raise OSError(f"model_name = {cfg.model_name!r}: {problem} ({_one_line(error)}); give another") from None
+    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    if hf.is_encoder_decoder or not all(hasattr(hf, name) for name in needed):
+        raise ValueError(
+            f"model_name = {cfg.model_name!r}: {hf.model_type} is no decoder-only language model; give one"
+        )
     n_layers, d_model = hf.num_hidden_layers, hf.hidden_size
     if cfg.layer >= n_layers:
         raise ValueError(f"layer = {cfg.layer}: {cfg.model_name} has {n_layers} blocks; give 0 to {n_layers - 1}")
     context = getattr(hf, "max_position_embeddings", None)
     if context is not None and cfg.seq_len > context:
-        raise ValueError(f"seq_len = {cfg.seq_len}: {cfg.model_name} reads at most {context} tokens")
+        raise ValueError(f"seq_len = {cfg.seq_len}: {cfg.model_name} reads at most {context} tokens; give no more")
     heads = hf.num_attention_heads
     head_size = getattr(hf, "head_dim", None) or d_model // heads
     act_size = heads * head_size if cfg.site == "z" else d_model
@@ -60,11 +71,56 @@ def check_model(cfg: Config) -> Config:
     return replace(cfg, act_size=act_size)
 
 
-def load_model(cfg: Config) -> TransformerBridge:
-    """The language model of cfg, raw weights, in its dtype, on its device, ready for inference only."""
-    model = TransformerBridge.boot_transformers(
-        model_source(cfg.model_name), device=str(cfg.torch_device), dtype=cfg.torch_dtype
-    )
+def check_text(cfg: Config) -> None:
+    """Read the training and the held-out text up to a window of each with a token that an SAE may read.
+
+    Raises: ValueError when a part has none, or the text or the model's tokenizer cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_source(cfg.model_name))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name = {cfg.model_name!r}: no tokenizer that can be read ({_one_line(error)}); give another"
+        ) from None
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):  # made where there are no files
+        raise ValueError(f"model_name = {cfg.model_name!r}: no tokenizer in that folder; give another")
+    vocab_size = AutoConfig.from_pretrained(model_source(cfg.model_name)).get_text_config().vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"model_name = {cfg.model_name!r}: its tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size};"
+            " put the model's own beside it"
+        )
+    text.bos_token_id(tokenizer)
+    for held_out in (False, True):
+        documents = text.documents(cfg.dataset_path, cfg.dataset_name, held_out=held_out)
+        windows = text.token_windows(documents, tokenizer, cfg.seq_len)
+        try:
+            readable = any(ordinary_positions(window[None], tokenizer).any() for window in windows)
+        except ValueError as error:
+            raise ValueError(f"dataset_path {cfg.dataset_path!r}: {error}; give other data") from None
+        if not readable:
+            part = "held-out tenth" if held_out else "training part"
+            raise ValueError(
+                f"dataset_path {cfg.dataset_path!r}: its {part} does not fill a window of seq_len {cfg.seq_len}; give"
+                " more text"
+            )
+
+
+def load_model(cfg: Config) -> "TransformerBridge":
+    """The language model of cfg, raw weights, in its dtype, on its device, ready for inference only.
+
+    Raises: ValueError when it cannot be loaded or has no such site.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        model = TransformerBridge.boot_transformers(
+            model_source(cfg.model_name), device=str(cfg.torch_device), dtype=cfg.torch_dtype
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"model_name = {cfg.model_name!r}: cannot be loaded ({_one_line(error)}); give a whole model that fits"
+        ) from None
     if cfg.hook_point not in model.hook_dict:
         sites = [site for site, hook in SITES.items() if f"blocks.{cfg.layer}.{hook}" in model.hook_dict]
         raise ValueError(f"site = {cfg.site!r}: {cfg.model_name} has no such hook; give one of {', '.join(sites)}")
@@ -74,13 +130,17 @@ def load_model(cfg: Config) -> TransformerBridge:
     return model
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 class _Recorded(Exception):
     """Leaves the forward pass at the hook: what follows it would be computed for nothing."""
 
 
 @torch.no_grad()
 def record(
-    model: TransformerBridge, tokens: Int[Tensor, "window pos"], hook_name: str
+    model: "TransformerBridge", tokens: Int[Tensor, "window pos"], hook_name: str
 ) -> Float[Tensor, "window pos act_size"]:
     """Activations at a hook; the forward pass ends there. Heads are concatenated."""
     recorded: list[Tensor] = []
@@ -111,7 +171,7 @@ def ordinary_positions(
 class _Progress:
     """What a store has read."""
 
-    text: TextPosition | None  # None before the first batch of windows
+    text: text.TextPosition | None  # None before the first batch of windows
     spill: Float[Tensor, "rows act_size"]  # rows that found no slot yet
     row_sum: Float[Tensor, "act_size"]  # of all rows so far
     rows: int
@@ -126,16 +186,11 @@ class ActivationsStore:
     of another serves on where that one stood.
     """
 
-    def __init__(self, model: TransformerBridge, cfg: Config, state: dict[str, Any] | None = None) -> None:
-        assert cfg.act_size is not None, "cfg.act_size is unknown: use check_model(cfg)"
+    def __init__(self, model: "TransformerBridge", cfg: Config, state: dict[str, Any] | None = None) -> None:
+        if cfg.act_size is None:
+            raise ValueError("act_size = None: the width of the activations is unknown; give check_model(cfg)")
         self.model, self.cfg = model, cfg
         self.capacity = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
-        if self.capacity < 2 * cfg.batch_size:
-            raise ValueError(
-                f"num_batches_in_buffer = {cfg.num_batches_in_buffer}: the buffer would hold {self.capacity} rows, less"
-                f" than two of batch_size {cfg.batch_size}; give at least"
-                f" {-(-2 * cfg.batch_size // (cfg.model_batch_size * (cfg.seq_len - 1)))}"
-            )
         device = cfg.torch_device
         self._check_memory()
         self._buffer = torch.empty(self.capacity, cfg.act_size, dtype=cfg.torch_dtype, device=device)
@@ -154,16 +209,18 @@ class ActivationsStore:
         else:
             self._order = state["order"].to(device)
             self._served = self.capacity - len(state["unread"])
-            self._buffer[self._order[self._served :]] = state["unread"].to(device)
+            unread = self._order[self._served :].split(COPIED_ROWS)
+            for slots, rows in zip(unread, state["unread"].split(COPIED_ROWS)):
+                self._buffer[slots] = rows.to(device)
             self._rng.set_state(state["rng"])
             self._progress = _Progress(
-                text=TextPosition.from_state(state["text"]),
+                text=text.TextPosition.from_state(state["text"]),
                 spill=state["spill"].to(device),
                 row_sum=state["row_sum"].to(device),
                 rows=state["rows"],
                 tokens_seen=state["tokens_seen"],
             )
-        stream = TextStream(
+        stream = text.TextStream(
             cfg.dataset_path, cfg.dataset_name, model.tokenizer, cfg.seq_len, cfg.seed, self._progress.text
         )
         self._token_batches = _prefetch(stream, cfg.model_batch_size)
@@ -184,6 +241,9 @@ class ActivationsStore:
         """All that the next batches depend on, once a first one was served: CPU tensors, and what JSON can hold."""
         progress = self._progress
         assert progress.text is not None, "nothing read yet"
+        unread = torch.empty(self.capacity - self._served, self.cfg.act_size, dtype=self._buffer.dtype)
+        for rows, slots in zip(unread.split(COPIED_ROWS), self._order[self._served :].split(COPIED_ROWS)):
+            rows.copy_(self._buffer[slots])
         return {
             "order": self._order.cpu(),
             "unread": torch.cat(
@@ -212,23 +272,26 @@ class ActivationsStore:
         HELD_OUT_CHOICE times as many, as one long document can be many windows in a row.
         """
         cfg = self.cfg
-        documents = load_documents(cfg.dataset_path, cfg.dataset_name, held_out=True)
-        windows = token_windows(documents, self.model.tokenizer, cfg.seq_len)
+        documents = text.load_documents(cfg.dataset_path, cfg.dataset_name, held_out=True)
+        windows = text.token_windows(documents, self.model.tokenizer, cfg.seq_len)
         first = list(islice(windows, HELD_OUT_CHOICE * cfg.eval_windows))
         if not first:
-            raise ValueError(f"dataset_path = {cfg.dataset_path!r}: the held-out tenth has no {cfg.seq_len} tokens")
+            raise ValueError(
+                f"dataset_path = {cfg.dataset_path!r}: the held-out tenth has no {cfg.seq_len} tokens; give more"
+            )
         return torch.stack(random.Random(0).sample(first, min(cfg.eval_windows, len(first))))
 
     def _check_memory(self) -> None:
         """Refuse a buffer that does not fit, before the system kills the process for it."""
         cfg = self.cfg
-        needed = self.capacity * cfg.act_size * cfg.torch_dtype.itemsize
+        copies = 1 if cfg.torch_device.type == "cuda" else 2  # one more while its state is saved
+        needed = copies * self.capacity * cfg.act_size * cfg.torch_dtype.itemsize
         free = _free_memory(cfg.torch_device)
         if needed > free:
             raise ValueError(
-                f"num_batches_in_buffer = {cfg.num_batches_in_buffer}: the buffer takes {needed / 1e9:.1f} GB, of which"
-                f" {free / 1e9:.1f} GB are free; give at most {cfg.num_batches_in_buffer * free // needed}, or lower"
-                f" model_batch_size = {cfg.model_batch_size}"
+                f"num_batches_in_buffer = {cfg.num_batches_in_buffer}: the buffer (and, on a CPU, a copy to save it)"
+                f" takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free; give at most"
+                f" {cfg.num_batches_in_buffer * free // needed}, or lower model_batch_size = {cfg.model_batch_size}"
             )
 
     def _refill(self) -> None:
@@ -274,7 +337,8 @@ class ActivationsStore:
 def _free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on the device, as far as the system tells."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
 
 
@@ -283,17 +347,20 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _prefetch(stream: TextStream, windows: int) -> Iterator[tuple[Int[Tensor, "window pos"], TextPosition]]:
+def _prefetch(stream: text.TextStream, windows: int) -> Iterator[tuple[Int[Tensor, "window pos"], text.TextPosition]]:
     """Batches of the stream, and its position after each, the next few being made in a thread (tokenizers release the
     GIL).
     """
 
-    def batch() -> tuple[Tensor, TextPosition]:
+    def batch() -> tuple[Tensor, text.TextPosition]:
         return stream.next_windows(windows), stream.position
 
-    with ThreadPoolExecutor(1, thread_name_prefix="tokens") as executor:
+    executor = ThreadPoolExecutor(1, thread_name_prefix="tokens")
+    try:
         pending = deque(executor.submit(batch) for _ in range(PREFETCHED))
         while True:
             ready = pending.popleft().result()
             pending.append(executor.submit(batch))
             yield ready
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)

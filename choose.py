@@ -18,6 +18,7 @@ from sparse import Selection, Support
 
 # A chunk of pre-activations that stays in a CPU's cache makes the product itself faster; a GPU wants few launches.
 CPU_CHUNK_ROWS, CPU_CHUNK_LATENTS = 2048, 3072
+MOST_CANDIDATES = 32  # for each of the k of a row, before choosing directly is faster
 GROUP = 16  # pre-activations whose maximum is taken together
 GPU_CHUNK_ELEMENTS = 1 << 27
 MAX_DENSITY = 0.1  # share of latents above which a dense step is faster than a sparse one
@@ -60,19 +61,11 @@ def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection:
     too few do (they are counted) are chosen directly.
     """
     dict_size = W_enc.shape[1]
-    first = min(dict_size, CPU_CHUNK_LATENTS)
-    mean = k * first / dict_size  # entries of the top k in the first block, if latents are in no order
-    expected = k if first == dict_size else min(k, math.ceil(mean + 4 * mean**0.5 + 3))  # rarely more
-    if x.is_cuda or expected > first // GROUP * 3 // 4:
+    candidates = None if x.is_cuda else _candidates(x, W_enc, b_enc, k)
+    if candidates is None:
         values, indices = _topk_directly(x, W_enc, b_enc, k)
     else:
-        found: list[_Entries] = []
-        for rows, block, pre in _chunks(x, W_enc, b_enc):
-            if block.start == 0:
-                maxima = pre[:, : first // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(dim=1)
-                floor = maxima.topk(expected, sorted=False).values.amin(dim=1, keepdim=True)  # [rows, 1]
-            found.append(_entries(pre, pre >= floor, rows, block))
-        pre, support = _by_row(found, len(x), dict_size)
+        pre, support = candidates
         counts = support.offsets.diff()
         width = max(k, int(counts.max()))
         place = support.rows * width + torch.arange(len(pre)) - support.offsets[support.rows]
@@ -85,6 +78,27 @@ def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection:
             values[short], indices[short] = _topk_directly(x[short], W_enc, b_enc, k)
     offsets = torch.arange(0, len(x) * k + 1, k, device=x.device)
     return Selection(values.flatten(), Support(indices.flatten(), offsets, dict_size))
+
+
+def _candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection | None:
+    """Entries that hold the k largest of almost every row; None where there are none, or too many to be worth it."""
+    dict_size = W_enc.shape[1]
+    first = min(dict_size, CPU_CHUNK_LATENTS)
+    mean = k * first / dict_size  # entries of the top k in the first block, if latents are in no order
+    expected = k if first == dict_size else min(k, math.ceil(mean + 4 * mean**0.5 + 3))  # rarely more
+    if expected > first // GROUP * 3 // 4:
+        return None
+    found: list[_Entries] = []
+    count = 0
+    for rows, block, pre in _chunks(x, W_enc, b_enc):
+        if block.start == 0:
+            maxima = pre[:, : first // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(dim=1)
+            floor = maxima.topk(expected, sorted=False).values.amin(dim=1, keepdim=True)  # [rows, 1]
+        found.append(_entries(pre, pre >= floor, rows, block))
+        count += len(found[-1].pre)
+        if count > MOST_CANDIDATES * k * len(x):  # latents are in an order: the first block is no sample
+            return None
+    return _by_row(found, len(x), dict_size) if count else None  # none where nothing is finite
 
 
 def _topk_directly(

@@ -154,6 +154,18 @@ class Config:
         self._require(
             "num_tokens", self.num_tokens >= self.batch_size, f"give at least one batch, batch_size {self.batch_size}"
         )
+        rows = self.model_batch_size * (self.seq_len - 1)
+        self._require(
+            "num_batches_in_buffer",
+            self.num_batches_in_buffer * rows >= 2 * self.batch_size,
+            f"{self.num_batches_in_buffer * rows} rows are less than two of batch_size {self.batch_size};"
+            f" give at least {-(-2 * self.batch_size // rows)}",
+        )
+        self._require(
+            "wandb_project",
+            len(self.wandb_project) <= 128 and not set(self.wandb_project) & set("/\\#?%:"),
+            "give at most 128 characters, none of / \\ # ? % :",
+        )
         self._require("device", _is_device(self.device), 'give "auto", "cpu", "cuda" or "cuda:1"')
 
     def _require(self, field: str, holds: bool, remedy: str) -> None:

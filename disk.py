@@ -48,11 +48,11 @@ def write_durably(path: str | Path, data: bytes | Callable[[Path], object], size
     try:
         write(writing)
         for written in (*writing.rglob("*"), writing):
-            _flush(written)
+            flush(written)
         if writing.is_dir() and path.is_dir():
             path.rename(replaced)
         writing.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException as error:
         _remove(writing)
         _put_back_or_remove(replaced, path)
@@ -120,7 +120,8 @@ def _crc(tensors: dict[str, Tensor]) -> int:
     return crc
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have what was written to the file or folder on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -87,7 +87,9 @@ def evaluate(
         ce_degradation = ce - ce_clean (positive is worse),
         ce_recovered = (ce_zero - ce) / (ce_zero - ce_clean), ce_recovered_mean = the same against ce_mean,
         kl: KL(clean || spliced) in nats per token, dead_share: latents that training found dead.
+    Raises: ValueError when tokens or mean do not fit the model, or no position can be measured.
     """
+    _check(model, tokens, mean, saes[0].cfg.act_size)
     hook_name = saes[0].cfg.hook_point
     was_training = [sae.training for sae in saes]
     for sae in saes:
@@ -98,6 +100,8 @@ def evaluate(
     rows, predictions = 0, 0
     for batch in _eval_batches(tokens.to(device), model.cfg.d_vocab):
         replaced = ordinary_positions(batch, model.tokenizer)
+        if not replaced[:, :-1].any():  # special tokens alone
+            continue
         x = record(model, batch, hook_name)[replaced].float()
         clean = model(batch, return_type="logits")
         counted = replaced[:, :-1]  # the last position of a window predicts nothing that is known
@@ -128,6 +132,8 @@ def evaluate(
             )
     for sae, training in zip(saes, was_training):
         sae.train(training)
+    if predictions == 0:
+        raise ValueError(f"tokens = {list(tokens.shape)}: special ones only; give held-out text")
 
     variance = totals["x_squared"] - totals["x"].pow(2).sum() / rows
     ce_clean, ce_zero, ce_mean = (totals[name] / predictions for name in ("ce_clean", "ce_zero", "ce_mean"))
@@ -151,6 +157,20 @@ def evaluate(
         }
         results.append(_numbers(metrics))
     return results
+
+
+def _check(model: TransformerBridge, tokens: Tensor, mean: Tensor, act_size: int) -> None:
+    context, vocab = model.cfg.n_ctx, model.cfg.d_vocab
+    if not (tokens.dtype == torch.int64 and tokens.ndim == 2 and len(tokens) and 2 <= tokens.shape[1] <= context):
+        raise ValueError(
+            f"tokens = {tokens.dtype} {list(tokens.shape)}: give int64 [window, pos], at least one window of 2 to"
+            f" {context} tokens"
+        )
+    low, high = (int(token) for token in tokens.aminmax())
+    if not 0 <= low <= high < vocab:
+        raise ValueError(f"tokens = {low} to {high}: the model knows 0 to {vocab - 1}; use its own tokenizer")
+    if mean.shape != (act_size,) or not mean.isfinite().all():
+        raise ValueError(f"mean = {mean.dtype} {list(mean.shape)}: give {act_size} finite numbers, the store's mean")
 
 
 def _spliced_ce(

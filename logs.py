@@ -5,7 +5,7 @@ runs/<sweep>/                  one folder a sweep; W&B's offline files lie in it
     resume.safetensors         all that a resumed run needs, of the latest time it was saved
     <Config.name>/             one folder an SAE
         config.json            Config.to_dict()
-        wandb_id               of its W&B run
+        wandb_id, wandb_sent   of its W&B run; after an interruption, how many rows that was given
         metrics.jsonl          {"step", "tokens", "train/..."} on log steps, {..., "eval/..."} on evaluations
         step-000195/           a checkpoint, which SAELens' `SAE.load_from_disk` opens as it is
 """
@@ -13,6 +13,7 @@ runs/<sweep>/                  one folder a sweep; W&B's offline files lie in it
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import time
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from wandb import Run
 
 from config import Config
-from disk import load_state, save_state, save_tensors, write_durably
+from disk import flush, load_state, save_state, save_tensors, write_durably
 from sae import SAE_TYPES, BaseAutoencoder
 
 SWEEP, RESUME, METRICS = "sweep.json", "resume.safetensors", "metrics.jsonl"
@@ -77,14 +78,20 @@ class RunLog:
         self.folder, self._group = folder, group
         self._folders = [folder / cfg.name for cfg in cfgs]
         sizes = [0] * len(cfgs) if state is None else state["metrics_bytes"]
-        self._sent: list[int] = []  # rows to come that W&B was given before the interruption
+        self._sent: list[int] = []  # rows to come that W&B was given before an interruption
         for cfg, sae_folder, size in zip(cfgs, self._folders, sizes):
             sae_folder.mkdir(parents=True, exist_ok=True)
             write_durably(sae_folder / "config.json", json.dumps(cfg.to_dict(), indent=2).encode())
-            with (sae_folder / METRICS).open("a+b") as file:
-                file.seek(size)
-                self._sent.append(file.read().count(b"\n"))
-                file.truncate(size)
+            metrics, sent_file = sae_folder / METRICS, sae_folder / "wandb_sent"
+            metrics.touch()
+            written = metrics.read_bytes()
+            if len(written) < size:
+                raise ValueError(f"{metrics}: {len(written)} bytes, {size} when the state was saved; restore the file")
+            sent = max(written.count(b"\n"), int(sent_file.read_text()) if sent_file.exists() else 0)
+            if state is not None or sent:
+                write_durably(sent_file, str(sent).encode())
+            self._sent.append(sent - written[:size].count(b"\n"))
+            os.truncate(metrics, size)
         self._runs = self._begin_wandb(cfgs)
 
     def _begin_wandb(self, cfgs: list[Config]) -> list[Run | None]:
@@ -141,6 +148,8 @@ class RunLog:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write, in place of the last one, what `load_progress` gives back to who resumes."""
+        for folder in self._folders:
+            flush(folder / METRICS)
         log = {"metrics_bytes": [(folder / METRICS).stat().st_size for folder in self._folders]}
         save_state({"group": self._group, "log": log, **state}, self.folder / RESUME)
 

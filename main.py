@@ -7,17 +7,23 @@ Two sweeps have names, to be given before all options:
 Every field of Config is an option. One that is given several values is swept.
 """
 
+import contextlib
+import difflib
 import itertools
 import logging
+import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from config import SWEEPS, Config, field_docs
 
@@ -30,14 +36,34 @@ class Sweep:
     """Folder of a sweep that was stopped: go on to the end it would have come to. Takes no other option."""
 
 
-def _option(field: str, annotation: object) -> tuple[str, object, tuple]:
+def _option(field: str, annotation: Any) -> tuple[str, object, None]:
     default = Config.__dataclass_fields__[field].default
     text = f"{field_docs()[field]} (Config's default: {default})"
-    metavar = None
-    if get_origin(annotation) is Literal:  # Config refuses other values, in one line
-        annotation, metavar = str, f"[{{{','.join(get_args(annotation))}}} ...]"
-    arg = tyro.conf.arg(help=text, help_behavior_hint="", metavar=metavar)
-    return field, Annotated[tuple[annotation, ...], arg], ()
+    if get_origin(annotation) is Literal:
+        kinds, metavar = (str,), f"{{{','.join(get_args(annotation))}}}"
+    else:
+        kinds = get_args(annotation) or (annotation,)
+        metavar = "|".join({bool: "{True,False}", NoneType: "None"}.get(kind, kind.__name__.upper()) for kind in kinds)
+    values = PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{metavar} ...",
+        instance_from_str=lambda words: tuple(_value(word, kinds) for word in words),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [],
+    )
+    return field, Annotated[tuple | None, values, tyro.conf.arg(help=text, help_behavior_hint="")], None
+
+
+def _value(word: str, kinds: tuple[type, ...]) -> object:
+    """The word as a value of one of the kinds, or as it is for Config to refuse in one line."""
+    for value in (None, True, False):
+        if word == str(value) and type(value) in kinds:
+            return value
+    for kind in (int, float):
+        if kind in kinds:
+            with contextlib.suppress(ValueError):
+                return kind(word)
+    return word
 
 
 Options = make_dataclass(
@@ -46,9 +72,23 @@ Options = make_dataclass(
 Options.__doc__ = __doc__
 
 
+def parse(args: list[str]) -> Sweep:
+    """The command line's options. Raises ValueError at a word that is none."""
+    options, unknown = tyro.cli(Options, prog="main.py", args=args, return_unknown_args=True)
+    if unknown:
+        names = ["--" + f.name.replace("_", "-") for f in fields(Config)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{unknown[0]}: no such option; {hint}python main.py --help lists them")
+    return options
+
+
 def override(cfgs: list[Config], options: Sweep) -> list[Config]:
     """The sweep with the options applied: each Config times every combination of the values given, without repeats."""
-    given = {f.name: getattr(options, f.name) for f in fields(Config) if getattr(options, f.name)}
+    given = {f.name: getattr(options, f.name) for f in fields(Config) if getattr(options, f.name) is not None}
+    for field, values in given.items():
+        if not values:
+            raise ValueError(f"--{field.replace('_', '-')}: no value; give one or several after it")
     if types := given.pop("sae_type", ()):
         known = [cfg for cfg in cfgs if cfg.sae_type in types]
         cfgs = known + [replace(cfgs[0], sae_type=t) for t in types if t not in {cfg.sae_type for cfg in known}]
@@ -59,14 +99,11 @@ def override(cfgs: list[Config], options: Sweep) -> list[Config]:
 
 
 def check(cfgs: list[Config]) -> list[Config]:
-    """The Configs with act_size filled in, after what can be known about model and text without loading the model.
+    """The Configs with act_size filled in, after what can be known about model, text and output without the weights.
 
-    Raises ValueError or OSError when there is no such model or text, or they do not fit.
+    Raises ValueError or OSError when there is no such model or text, they do not fit, or nothing can be written.
     """
     import torch
-
-    from activation_store import check_model
-    from text import load_documents
 
     for cfg in cfgs:
         device = cfg.torch_device
@@ -74,9 +111,24 @@ def check(cfgs: list[Config]) -> list[Config]:
             raise ValueError(
                 f"device = {cfg.device!r}: torch sees {torch.cuda.device_count()} GPUs; give cpu or another"
             )
+        output = Path(cfg.output_dir).absolute()
+        existing = next(path for path in (output, *output.parents) if path.exists())
+        try:
+            tempfile.TemporaryFile(dir=existing).close()
+        except OSError as error:
+            raise ValueError(
+                f"output_dir = {cfg.output_dir!r}: {existing} cannot be written to ({error.strerror}); give another"
+            ) from None
+
+    import datasets
+
+    from activation_store import check_model, check_text
+
     checked = [check_model(cfg) for cfg in cfgs]
-    for path, name in {(cfg.dataset_path, cfg.dataset_name): None for cfg in cfgs}:
-        load_documents(path, name, held_out=True)
+    texts = {(c.dataset_path, c.dataset_name, c.model_name, c.seq_len): c for c in checked}
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # of 5 s after a pass over a file: our exit waits for no thread
+    for cfg in texts.values():
+        check_text(cfg)
     return checked
 
 
@@ -85,41 +137,29 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
 
     Goes on where the folder's last run stopped, if there was one. Raises what `training.train` does.
     """
-    # Imported late: a mistake on the command line is answered at once.
-    from transformers.utils.logging import disable_progress_bar
-
-    import results
-    from activation_store import ActivationsStore, load_model
-    from logs import RunLog, begin_sweep, load_progress
-    from sae import build_sae
-    from training import Stopped, train
-
-    disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are a line each
     cfgs = check(cfgs)
     groups: dict[tuple, list[Config]] = {}
     for cfg in cfgs:
         groups.setdefault(cfg.stream, []).append(cfg)
+
+    # Imported late: a mistake is answered at once.
+    from transformers.utils.logging import disable_progress_bar
+
+    import results
+    from logs import begin_sweep, load_progress
+    from training import Stopped
+
+    disable_progress_bar()
     progress = load_progress(folder)
-    for index, group in list(enumerate(groups.values()))[progress["group"] :]:
-        cfg = group[0]
-        saes = "1 SAE" if len(group) == 1 else f"{len(group)} SAEs"
-        print(
-            f"{saes} on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations", flush=True
-        )
-        state = progress if progress["group"] == index and "step" in progress else None
-        model = load_model(cfg)
-        store = ActivationsStore(model, cfg, state and state["store"])
-        begin_sweep(folder, cfgs)
-        log = RunLog(folder, group, index, state and state["log"])
-        try:
-            train([build_sae(c) for c in group], store, log, state, should_stop)
-            log.finish()
-        except Stopped as stopped:
-            print(f"{stopped}; to go on: python main.py --resume {folder}")
-            return
-        finally:
-            log.close()
+    begun = progress["group"]
+    try:
+        for index, group in list(enumerate(groups.values()))[begun:]:
+            state = progress if index == begun and "step" in progress else None
+            _train_group(group, index, folder, state, should_stop, lambda: begin_sweep(folder, cfgs))
+    except Stopped as stopped:
+        print(f"{stopped}; to go on: python main.py --resume {folder}")
+        return
 
     table = results.load_results(folder)
     table.to_csv(folder / "results.csv", index=False)
@@ -130,6 +170,34 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
         print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
     for figure in results.save_figures(table, folder):
         print(f"plot         {figure}")
+
+
+def _train_group(
+    cfgs: list[Config],
+    index: int,
+    folder: Path,
+    state: dict[str, Any] | None,
+    should_stop: Callable[[], bool],
+    begin: Callable[[], None],
+) -> None:
+    """Train SAEs that share a stream. A function of its own: the next group needs the memory of this one's model."""
+    from activation_store import ActivationsStore, load_model
+    from logs import RunLog
+    from sae import build_sae
+    from training import train
+
+    cfg = cfgs[0]
+    count = "1 SAE" if len(cfgs) == 1 else f"{len(cfgs)} SAEs"
+    print(f"{count} on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations", flush=True)
+    store = ActivationsStore(load_model(cfg), cfg, state and state["store"])
+    saes = [build_sae(c) for c in cfgs]
+    begin()  # writes, now that all that can be refused was
+    log = RunLog(folder, cfgs, index, state and state["log"])
+    try:
+        train(saes, store, log, state, should_stop)
+        log.finish()
+    finally:
+        log.close()
 
 
 class StopAfterStep:
@@ -154,11 +222,11 @@ class StopAfterStep:
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="main.py")
     folder = None
     try:
+        options = parse(sys.argv[1:])
         if options.resume is not None:
-            if options != replace(options, sweep="tiny", **dict.fromkeys((f.name for f in fields(Config)), ())):
+            if options != replace(options, sweep="tiny", **dict.fromkeys(f.name for f in fields(Config))):
                 raise ValueError(f"resume = {options.resume!r}: give it alone; its Configs are in the folder")
             from logs import read_sweep
 
@@ -175,11 +243,19 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
-        saved = folder is not None and (folder / "resume.safetensors").exists()
+        saved = isinstance(error, OSError) and folder is not None and (folder / "resume.safetensors").exists()
         hint = f"; to go on: python main.py --resume {folder}" if saved else ""
         print(f"main.py: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    # Python's own end is slow after so many imports, and hangs or aborts while pyarrow's threads read ahead.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

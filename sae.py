@@ -272,20 +272,23 @@ class BaseAutoencoder(nn.Module):
     # ---- training ----
 
     @torch.no_grad()
-    def initialise_from(self, x: Float[Tensor, "batch act_size"]) -> None:
-        """Before the first step: b_dec becomes a batch's mean, and input_scale the rms distance of its rows from it."""
+    def initialise_from(self, x: Float[Tensor, "*batch act_size"]) -> None:
+        """Before the first step: b_dec becomes a batch's mean, and input_scale the rms distance of its rows from it.
+
+        Raises ValueError on an x that `forward` refuses.
+        """
         self._check_input(x)
-        z = self.normalise(x).z
+        z = self.normalise(x.reshape(-1, x.shape[-1])).z
         self.b_dec.copy_(z.mean(dim=0))
         self.input_scale.copy_((z - self.b_dec).pow(2).sum(dim=1).mean().sqrt())
 
-    def reuse_gradient_memory(self) -> None:
-        """From now on the weights' gradients are written where the last ones were, for whoever clears these each step.
+    def reuse_gradient_memory(self, reuse: bool) -> None:
+        """Whether the weights' gradients are written where the last ones were, for who clears these after each step.
 
         Fresh memory of their size costs a CPU more than the gradients: every page of it is a fault.
         """
-        if not self.W_dec.is_cuda:
-            self._gradient_memory = GradientMemory(*(torch.empty_like(self.W_dec.detach()) for _ in range(2)))
+        memory = [torch.empty_like(self.W_dec.detach()) if reuse and not self.W_dec.is_cuda else None for _ in range(2)]
+        self._gradient_memory = GradientMemory(*memory)
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:

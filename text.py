@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import random
+import reprlib
 import sysconfig
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -16,15 +17,17 @@ from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import IterableDataset, load_dataset
 from jaxtyping import Int
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:  # slow to import, and a wrong path is answered at once
+    from datasets import IterableDataset
 
 STDLIB = "python-stdlib"
 TEXT_COLUMNS = ("text", "content")
@@ -34,6 +37,7 @@ LINES_PER_DOCUMENT = 128  # of a .txt file, which may be one huge corpus
 TOKENISED_DOCUMENTS = 64  # at a time
 MIXED_TOKENS = 1 << 19  # tokens of windows that wait to be mixed
 READ_ATTEMPTS = 5
+HEAD = 8192  # bytes of a file that show whether it is binary
 
 # It warns that a shuffle buffer is not in a data set's state. Ours holds one document, and is empty between two.
 logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
@@ -48,7 +52,8 @@ def is_held_out(key: str) -> bool:
 def local_files(dataset_path: str) -> list[Path]:
     """The local files, sorted, that `dataset_path` names as a file, a folder or a glob; empty when it is a Hub name.
 
-    Raises ValueError when a path or glob is meant but matches nothing, files of several kinds, or only empty files.
+    Raises ValueError when a path or glob is meant but matches nothing, files of several kinds, only empty files, or
+    files that may not be read or are not of the kind that their names say.
     """
     if dataset_path == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -71,21 +76,39 @@ def local_files(dataset_path: str) -> list[Path]:
         raise ValueError(f"dataset_path {dataset_path!r}: found {found}; give files of one of {allowed}")
     if files and not any(p.stat().st_size for p in files):
         raise ValueError(f"dataset_path {dataset_path!r}: every file is empty; give files with text or tokens")
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise ValueError(f"dataset_path {dataset_path!r}: you may not read {file}; change its permissions")
+        with file.open("rb") as content:
+            head = content.read(HEAD)
+        if file.suffix == ".parquet" and not head.startswith(b"PAR1"):
+            raise ValueError(
+                f"dataset_path {dataset_path!r}: {file} is not parquet; give the file whole or leave it out"
+            )
+        if file.suffix != ".parquet" and b"\0" in head:
+            raise ValueError(f"dataset_path {dataset_path!r}: {file} is binary, it has NUL bytes; give text in UTF-8")
     return files
 
 
 def load_documents(
     dataset_path: str, dataset_name: str | None = None, *, held_out: bool, seed: int = 0
-) -> IterableDataset:
-    """Stream the training or the held-out documents of a data set, its files shuffled by `seed` and the epoch.
+) -> "IterableDataset":
+    """Stream `documents`, the order of the files shuffled by `seed` and the epoch."""
+    return documents(dataset_path, dataset_name, held_out=held_out).shuffle(seed=seed, buffer_size=1)
+
+
+def documents(dataset_path: str, dataset_name: str | None = None, *, held_out: bool) -> "IterableDataset":
+    """Stream the training or the held-out documents of a data set in their order.
 
     Source files (.py) are documents, held out by their path relative to the folder they share; every other
     row (128 lines of a .txt file, a row of .jsonl, .parquet or the Hub) is held out by its content.
 
     Returns: a data set with one column, "text" (str) or "tokens" (list of int).
-    Raises: ValueError when there is no such file or no column of text or tokens.
+    Raises: ValueError when there is no such file, it cannot be read, or it has no column of text or tokens.
     """
     files = local_files(dataset_path)
+    from datasets import IterableDataset
+
     suffix = files[0].suffix if files else None
     if suffix == ".py":
         root = Path(sysconfig.get_paths()["stdlib"]) if dataset_path == STDLIB else _common_folder(files)
@@ -95,20 +118,22 @@ def load_documents(
             raise ValueError(
                 f"dataset_path {dataset_path!r}: {len(files)} files leave none for the {split} part; add files"
             )
-        dataset = IterableDataset.from_generator(_file_documents, gen_kwargs={"files": kept})
-        return dataset.shuffle(seed=seed, buffer_size=1)
+        return IterableDataset.from_generator(_file_documents, gen_kwargs={"files": kept})
 
     if suffix == ".txt":
         dataset = IterableDataset.from_generator(_file_documents, gen_kwargs={"files": [str(p) for p in files]})
         column = "text"
     else:
-        if suffix == ".jsonl":
-            dataset = _load("json", files)
-        elif suffix == ".parquet":
-            dataset = _load("parquet", files)
-        else:
-            dataset = _load(dataset_path, name=dataset_name)
-        columns = dataset.column_names or list(next(iter(dataset), {}))
+        try:
+            if suffix == ".jsonl":
+                dataset = _load("json", files)
+            elif suffix == ".parquet":
+                dataset = _load("parquet", files)
+            else:
+                dataset = _load(dataset_path, name=dataset_name)
+            columns = dataset.column_names or list(next(iter(dataset), {}))
+        except ValueError as error:  # of pyarrow and the JSON decoder too
+            raise ValueError(f"dataset_path {dataset_path!r}: cannot be read ({error}); give other data") from None
         found = [c for c in (*TOKEN_COLUMNS, *TEXT_COLUMNS) if c in columns]
         if not found:
             expected = ", ".join((*TEXT_COLUMNS, *TOKEN_COLUMNS))
@@ -122,14 +147,17 @@ def load_documents(
         if column != kind:
             dataset = dataset.rename_column(column, kind)
         column = kind
-    dataset = dataset.filter(lambda row: row[column] is not None and is_held_out(str(row[column])) == held_out)
-    return dataset.shuffle(seed=seed, buffer_size=1)
+    return dataset.filter(lambda row: row[column] is not None and is_held_out(str(row[column])) == held_out)
 
 
-def _load(builder: str, files: list[Path] | None = None, **options: object) -> IterableDataset:
-    # `datasets` takes file names for globs.
-    data_files = None if files is None else [glob.escape(str(p)) for p in files]
-    return load_dataset(builder, data_files=data_files, split="train", streaming=True, **options)
+def _load(builder: str, files: list[Path] | None = None, **options: object) -> "IterableDataset":
+    import datasets
+
+    data_files = None
+    if files is not None:
+        data_files = [glob.escape(str(p)) for p in files]  # `datasets` takes file names for globs
+        datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # it raises what it logs
+    return datasets.load_dataset(builder, data_files=data_files, split="train", streaming=True, **options)
 
 
 def _common_folder(files: list[Path]) -> Path:
@@ -202,14 +230,16 @@ def token_windows(
 def _tokenised(documents: list[dict], tokenizer: PreTrainedTokenizerBase) -> Iterable[list[int]]:
     if "tokens" in documents[0]:
         for tokens in (document["tokens"] for document in documents):
-            if not all(isinstance(token, Integral) for token in tokens[:1]):
-                raise ValueError(f"tokens start with {tokens[0]!r}; the column must hold lists of ids")
+            if not isinstance(tokens, Iterable) or not all(
+                issubclass(kind, Integral) and kind is not bool for kind in set(map(type, tokens))
+            ):
+                raise ValueError(f"tokens are {reprlib.repr(tokens)}; the column must hold lists of ids")
             yield tokens
         return
     texts = [document["text"] for document in documents]
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"a text is {text!r}; the column must hold strings")
+            raise ValueError(f"a text is {reprlib.repr(text)}; the column must hold strings")
     yield from tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
@@ -270,7 +300,8 @@ class TextStream:
         seed: int,
         position: TextPosition | None = None,
     ) -> None:
-        self._dataset_path, self._dataset_name, self._seed = dataset_path, dataset_name, seed
+        self._dataset_path, self._seed = dataset_path, seed
+        self._documents = load_documents(dataset_path, dataset_name, held_out=False, seed=seed)
         self._packer = _Packer(tokenizer, seq_len)
         self._pool_size = max(1, MIXED_TOKENS // seq_len)
         self._begin(0 if position is None else position.epoch)
@@ -304,7 +335,6 @@ class TextStream:
 
     def _begin(self, epoch: int) -> None:
         self._epoch = epoch
-        self._documents = load_documents(self._dataset_path, self._dataset_name, held_out=False, seed=self._seed)
         self._documents.set_epoch(epoch)
         self._read_until: dict[str, Any] | None = None  # as the data set says it
         self._unread: Iterator[dict] | None = None  # to be begun there
@@ -346,7 +376,7 @@ class TextStream:
             return
         if self._windows == 0:
             raise ValueError(
-                f"dataset_path = {self._dataset_path!r}: no {self._packer.seq_len} tokens of training text; add text"
+                f"dataset_path = {self._dataset_path!r}: no {self._packer.seq_len} tokens of training text; give more"
             )
         self._rng.shuffle(self._pool)
         self._all_read = True

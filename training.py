@@ -64,7 +64,7 @@ class Trainer:
         self.sae, self.cfg = sae, sae.cfg
         # Fused Adam is five times slower on W_enc as it lies, latent by latent: it is given the transposed view.
         self.views = [p.detach() if p.is_contiguous() else p.detach().t() for p in sae.parameters()]
-        sae.reuse_gradient_memory()
+        sae.reuse_gradient_memory(True)
         self.optimizer = torch.optim.Adam(self.views, lr=sae.cfg.lr, betas=(sae.cfg.beta1, sae.cfg.beta2), fused=True)
 
         self._checked: Tensor | None = None  # of the last step, or of the first with a number that is not finite
@@ -144,7 +144,7 @@ def train(
     The SAEs may differ in type and in every field that is not of the stream (Config.stream). Metrics and checkpoints go
     to `log`, if there is one, every log_freq, perf_log_freq and checkpoint_freq steps of the store's Config and at the
     end; so does, every resume_freq steps, the state from which another call goes on to the same end (with the store
-    made from the same state).
+    made from the same state); `state` is emptied once it is loaded.
     Raises: ValueError when the SAEs do not share the store's stream; FloatingPointError when a number is not finite,
     after the other SAEs were saved; Stopped after a step in which `should_stop` says so.
     """
@@ -155,16 +155,34 @@ def train(
                 f"{sae.cfg.name}: its stream of activations is not the store's; train it with its own store"
             )
     trainers = [Trainer(sae.train()) for sae in saes]
+    try:
+        return _train(trainers, store, log, state, should_stop)
+    finally:
+        for sae in saes:
+            sae.reuse_gradient_memory(False)
+
+
+def _train(
+    trainers: list[Trainer],
+    store: ActivationsStore,
+    log: RunLog | None,
+    state: dict[str, Any] | None,
+    should_stop: Callable[[], bool],
+) -> list[dict[str, float]]:
+    cfg = store.cfg
+    saes = [trainer.sae for trainer in trainers]
     first_step = 0
     if state is not None:
         first_step = state["step"]
         for trainer, saved in zip(trainers, state["trainers"].values()):
             trainer.load_state(saved)
+        state.clear()  # gigabytes, perhaps
     held_out = store.held_out_tokens()
     results: list[dict[str, float]] = []
 
     def save_state(done: int) -> None:
         assert log is not None
+        _raise_failures(trainers, log, done)
         trained = {str(i): trainer.state() for i, trainer in enumerate(trainers)}
         log.save_state({"step": done, "trainers": trained, "store": store.state})
 
@@ -205,7 +223,7 @@ def train(
         stops = should_stop() and not is_last_step
         is_save_step = log is not None and not is_last_step and (stops or pacer.is_due(done))
         # On a GPU only where it is waited for anyway: nothing changes after the step that failed.
-        if x.device.type == "cpu" or is_log_step or is_eval_step or is_checkpoint_step or is_save_step:
+        if x.device.type == "cpu" or is_log_step or is_eval_step or is_checkpoint_step:
             _raise_failures(trainers, log, done)
         bar.update(cfg.batch_size)
         timed_tokens += cfg.batch_size
@@ -236,8 +254,8 @@ def train(
             raise Stopped(f"stopped after step {done:,} of {cfg.num_steps:,}")
     bar.close()
     tqdm.write(_speed(cfg, saes, x, cfg.num_steps - first_step, seconds))
-    for sae in saes:
-        sae.eval()
+    for trainer in trainers:
+        trainer.sae.eval()
     return results
 
 

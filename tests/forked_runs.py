@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ import evaluation  # noqa: F401
 import main
 import results  # noqa: F401
 import training  # noqa: F401
+
+WATCH = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 def child(request: dict, out: int, err: int) -> None:
@@ -38,14 +41,14 @@ def child(request: dict, out: int, err: int) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if n := request.get("kill_at_flush"):
-        flush, calls = disk._flush, iter(range(n, 0, -1))
+        flush, calls = disk.flush, iter(range(n, 0, -1))
 
         def flush_or_die(path: Path) -> None:
             if next(calls) == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             flush(path)
 
-        disk._flush = flush_or_die
+        disk.flush = flush_or_die
     main.main()
 
 
@@ -60,6 +63,8 @@ def serve(request: dict) -> dict:
                 code = 0
             except SystemExit as stop:
                 code = stop.code or 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 with contextlib.suppress(BaseException):
                     sys.stdout.flush()
@@ -69,7 +74,7 @@ def serve(request: dict) -> dict:
             time.sleep(seconds)
             os.kill(pid, signal.SIGKILL)
         for file, number in request.get("signals", []):
-            while not list(Path(request["cwd"]).glob(file)):
+            while not list(Path(request["cwd"]).glob(file)) and os.waitid(os.P_PID, pid, WATCH) is None:
                 time.sleep(0.002)
             os.kill(pid, number)
             time.sleep(0.3)  # two signals of a kind at once are one

@@ -424,7 +424,7 @@ def test_batches_are_activations_of_the_model(
 
 @pytest.mark.parametrize("changes, message", [
     (dict(layer=2), "layer = 2: {} has 2 blocks; give 0 to 1"),
-    (dict(seq_len=65), "seq_len = 65: {} reads at most 64 tokens"),
+    (dict(seq_len=65), "seq_len = 65: {} reads at most 64 tokens; give no more"),
     (dict(act_size=32), "act_size = 32: resid_pre of {} is 16 wide; leave it out"),
 ])  # fmt: skip
 def test_check_model_refuses_what_does_not_fit(tiny_gpt2: Path, changes: dict, message: str) -> None:
@@ -464,10 +464,8 @@ def test_a_site_that_the_model_lacks_is_refused_with_those_it_has(tmp_path: Path
 def test_a_buffer_of_less_than_two_batches_is_refused_with_the_size_that_does(
     corpus: Path, lm: SimpleNamespace, reads: list[Tensor]
 ) -> None:
-    with pytest.raises(
-        ValueError, match=r"^num_batches_in_buffer = 8: .* 480 rows, .* batch_size 241; give at least 9"
-    ):
-        ActivationsStore(lm, config(corpus, batch_size=241))
+    with pytest.raises(ValueError, match=r"^num_batches_in_buffer = 8: 480 rows .* batch_size 241; give at least 9"):
+        config(corpus, batch_size=241)
     assert len(ActivationsStore(lm, config(corpus, batch_size=241, num_batches_in_buffer=9)).next_batch()) == 241
 
 
@@ -573,8 +571,8 @@ def test_reading_is_tried_again_from_the_same_place_and_given_up_in_one_line(
 def test_a_buffer_that_does_not_fit_is_refused_with_what_would(
     corpus: Path, lm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activation_store, "_free_memory", lambda device: 5 * 4 * 15 * WIDTH * 4)  # five batches
-    with pytest.raises(ValueError, match=r"num_batches_in_buffer = 8: the buffer takes .* GB.*; give at most 5, or"):
+    monkeypatch.setattr(activation_store, "_free_memory", lambda device: 2 * 5 * 4 * 15 * WIDTH * 4)  # five, twice
+    with pytest.raises(ValueError, match=r"num_batches_in_buffer = 8: the buffer .* takes .* GB.*; give at most 5, or"):
         ActivationsStore(lm, config(corpus))
     monkeypatch.undo()
     assert 1e8 < activation_store._free_memory(torch.device("cpu")) < 1e14

@@ -521,7 +521,7 @@ def test_wandb_offline_is_one_run_per_sae_grouped_by_sweep_without_a_network(
 
 
 def test_a_resumed_log_repeats_and_loses_nothing(tmp_path: Path, visitors: socket.socket) -> None:
-    """Killed at step 6, in the middle of a line, and resumed from the state of step 4."""
+    """Killed at step 6, in the middle of a line, and resumed from the state of step 4; at once killed and resumed again."""
     cfgs, folder = two_configs(wandb_project="features"), tmp_path / "sweep-7"
     log = RunLog(folder, cfgs)
     log_something(log)
@@ -534,6 +534,7 @@ def test_a_resumed_log_repeats_and_loses_nothing(tmp_path: Path, visitors: socke
     progress = load_progress(folder)
     assert (progress["group"], progress["step"]) == (0, 4) and progress["store"]["order"].tolist() == [0, 1, 2]
 
+    RunLog(folder, cfgs, 0, progress["log"]).close()
     log = RunLog(folder, cfgs, 0, progress["log"])
     for step in (6, 8):
         for index in (0, 1):
@@ -550,10 +551,21 @@ def test_a_resumed_log_repeats_and_loses_nothing(tmp_path: Path, visitors: socke
         runs = [r.run for r in found if r.WhichOneof("record_type") == "run" and r.run.display_name == cfg.name]
         (run_id,) = {run.run_id for run in runs}
         files = sorted(folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
-        assert len(files) == 2
+        assert len(files) == 3
         rows = [r.history.item for f in files for r in records(f) if r.WhichOneof("record_type") == "history"]
         sent = [int(i.value_json) for items in rows for i in items if i.nested_key[0] == "_step"]
         assert sent == sorted(set(steps[cfg.sae_type]))
+
+
+def test_metrics_shorter_than_the_state_says_are_not_made_up(tmp_path: Path) -> None:
+    cfgs = two_configs(wandb_mode="disabled")
+    log = RunLog(tmp_path, cfgs)
+    log_something(log)
+    log.save_state({"step": 4})
+    file = tmp_path / cfgs[0].name / "metrics.jsonl"
+    os.truncate(file, 10)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: 10 bytes, \d+ when the state was saved; restore the file"):
+        RunLog(tmp_path, cfgs, 0, load_progress(tmp_path)["log"])
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "other"])

@@ -281,7 +281,7 @@ def test_one_long_row_is_many_windows(word_tokenizer: Callable, tmp_path: Path) 
 @pytest.mark.parametrize("document, said", [
     ({"tokens": [4, 200, 5]}, "token 200 is outside the vocabulary of 200"),
     ({"tokens": [4, -1, 5]}, "token -1 is outside the vocabulary of 200"),
-    ({"tokens": ["the", "cat"]}, "tokens start with 'the'; the column must hold lists of ids"),
+    ({"tokens": ["the", "cat"]}, "tokens are \\['the', 'cat'\\]; the column must hold lists of ids"),
     ({"text": 3}, "a text is 3; the column must hold strings"),
 ])  # fmt: skip
 def test_rows_that_are_no_text_and_no_tokens_are_refused(word_tokenizer: Callable, document: dict, said: str) -> None:

@@ -306,6 +306,16 @@ class BrokenStore(Store):
         return batch
 
 
+def test_topk_with_nothing_finite_in_a_batch_ends_as_the_others_do(no_model: None) -> None:
+    """Wide enough for the search by group maxima, which finds no candidate then."""
+    sae = build_sae(config(dict_size=2048))
+    store = Store(sae.cfg)
+    serve = store.next_batch
+    store.next_batch = lambda: serve() * torch.nan
+    with pytest.raises(FloatingPointError, match="step 1, activations: not finite"):
+        train([sae], store)
+
+
 def poison(sae: BaseAutoencoder, tensor: str) -> None:
     """From the fifth step on the loss, or the gradient of a parameter, is not finite."""
     if tensor == "loss":
@@ -366,6 +376,23 @@ def test_without_looking_nothing_changes_after_the_step_that_failed() -> None:
     assert trainer.failure() == "step 4, activations: not finite"
     assert_close([p.detach() for p in sae.parameters()], before, rtol=1e-6, atol=0)
     assert trainer.optimizer.state[trainer.views[0]]["step"] == 3
+
+
+def test_after_training_gradients_add_up_again(no_model: None) -> None:
+    """While it lasts they are written over each other."""
+    sae, store = build_sae(config()), Store(config())
+    train([sae], store)
+    sae.train()
+    batches = [store.next_batch() for _ in range(2)]
+    alone = []
+    for x in batches:
+        sae.zero_grad()
+        sae(x).loss.backward()
+        alone.append(sae.W_dec.grad.clone())
+    sae.zero_grad()
+    for x in batches:
+        sae(x).loss.backward()
+    assert_close(sae.W_dec.grad, alone[0] + alone[1])
 
 
 # ---- the state ----
@@ -435,7 +462,7 @@ def test_training_on_a_language_model_learns(tiny_gpt2: Path, tiny_text: Path) -
         thirds = [sum(losses[i : i + 30]) for i in (0, 30, 60)]
         assert all(later < earlier for earlier, later in pairwise(thirds)), sae.cfg.sae_type
         assert log.results[index]["explained_variance"] > 0.7
-        assert log.results[index]["ce_recovered"] > 0.9 and log.results[index]["ce_degradation"] > 0
+        assert log.results[index]["ce_recovered"] > 0.9 and abs(log.results[index]["ce_degradation"]) < 0.1
         assert_close(sae.W_dec.norm(dim=1), torch.ones(64), rtol=0, atol=1e-6)
 
 
