@@ -521,7 +521,7 @@ def test_wandb_offline_is_one_run_per_sae_grouped_by_sweep_without_a_network(
 
 
 def test_a_resumed_log_repeats_and_loses_nothing(tmp_path: Path, visitors: socket.socket) -> None:
-    """Killed at step 6, in the middle of a line, and resumed from the state of step 4; at once killed and resumed again."""
+    """Killed at step 6, in the middle of a line, and resumed from the state of step 4, twice."""
     cfgs, folder = two_configs(wandb_project="features"), tmp_path / "sweep-7"
     log = RunLog(folder, cfgs)
     log_something(log)

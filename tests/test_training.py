@@ -380,7 +380,8 @@ def test_without_looking_nothing_changes_after_the_step_that_failed() -> None:
 
 def test_after_training_gradients_add_up_again(no_model: None) -> None:
     """While it lasts they are written over each other."""
-    sae, store = build_sae(config()), Store(config())
+    sae = build_sae(config(dead_after_tokens=10**9))
+    store = Store(sae.cfg)
     train([sae], store)
     sae.train()
     batches = [store.next_batch() for _ in range(2)]
