@@ -28,11 +28,22 @@ from tyro.constructors import PrimitiveConstructorSpec
 from config import SWEEPS, Config, field_docs
 
 
+def _words(kinds: tuple[type, ...], metavar: str) -> PrimitiveConstructorSpec:
+    """An option's words as values, any number of them: what is wrong with them is said here, in one line."""
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=lambda words: tuple(_value(word, kinds) for word in words),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [],
+    )
+
+
 @dataclass(frozen=True)
 class Sweep:
     sweep: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar=f"[{{{','.join(SWEEPS)}}}]")] = "tiny"
     """Named sweep that the options below change."""
-    resume: str | None = None
+    resume: Annotated[tuple | None, _words((str,), "FOLDER"), tyro.conf.arg(help_behavior_hint="")] = None
     """Folder of a sweep that was stopped: go on to the end it would have come to. Takes no other option."""
 
 
@@ -44,14 +55,11 @@ def _option(field: str, annotation: Any) -> tuple[str, object, None]:
     else:
         kinds = get_args(annotation) or (annotation,)
         metavar = "|".join({bool: "{True,False}", NoneType: "None"}.get(kind, kind.__name__.upper()) for kind in kinds)
-    values = PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=f"{metavar} ...",
-        instance_from_str=lambda words: tuple(_value(word, kinds) for word in words),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [],
+    return (
+        field,
+        Annotated[tuple | None, _words(kinds, f"{metavar} ..."), tyro.conf.arg(help=text, help_behavior_hint="")],
+        None,
     )
-    return field, Annotated[tuple | None, values, tyro.conf.arg(help=text, help_behavior_hint="")], None
 
 
 def _value(word: str, kinds: tuple[type, ...]) -> object:
@@ -226,11 +234,11 @@ def main() -> None:
     try:
         options = parse(sys.argv[1:])
         if options.resume is not None:
-            if options != replace(options, sweep="tiny", **dict.fromkeys(f.name for f in fields(Config))):
-                raise ValueError(f"resume = {options.resume!r}: give it alone; its Configs are in the folder")
+            if len(options.resume) != 1 or options != Options(resume=options.resume):
+                raise ValueError("--resume: give it one folder and no other option; the Configs are in the folder")
             from logs import read_sweep
 
-            folder = Path(options.resume)
+            folder = Path(*options.resume)
             cfgs = read_sweep(folder)
         else:
             if options.sweep not in SWEEPS:

@@ -168,7 +168,9 @@ def test_without_room_on_the_disk_it_says_what_is_needed_and_can_go_on_later(
     [
         (["--resume", "nowhere"], "nowhere/sweep.json: no such file; give the folder of a sweep"),
         (["--resume", "."], "sweep.json: no such file; give the folder of a sweep"),
-        (["--resume", "nowhere", "--lr", "0.1"], "resume = 'nowhere': give it alone; its Configs are in the folder"),
+        (["--resume", "nowhere", "--lr", "0.1"], "--resume: give it one folder and no other option; the Configs are"),
+        (["--resume"], "--resume: give it one folder and no other option"),
+        (["gpt2", "--resume", "nowhere"], "--resume: give it one folder and no other option"),
     ],
 )
 def test_what_cannot_be_resumed_is_refused_in_one_line(
