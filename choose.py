@@ -34,9 +34,11 @@ class _Entries(NamedTuple):
 
 
 def _chunks(
-    x: Float[Tensor, "batch act_size"], W_enc: Float[Tensor, "act_size dict_size"], b_enc: Float[Tensor, "dict_size"]
+    x: Float[Tensor, "batch act_size"],
+    W_enc: Float[Tensor, "act_size dict_size"],
+    b_enc: Float[Tensor, "dict_size"] | None,
 ) -> Iterator[tuple[slice, slice, Float[Tensor, "rows latents"]]]:
-    """Pre-activations x W_enc + b_enc in x's dtype, a block at a time, with its rows and latents, in one buffer."""
+    """x W_enc + b_enc (or without it) in x's dtype, a block at a time, with its rows and latents, in one buffer."""
     batch, dict_size = len(x), W_enc.shape[1]
     if x.is_cuda:
         rows, latents = batch, min(dict_size, max(1024, GPU_CHUNK_ELEMENTS // batch))
@@ -48,7 +50,11 @@ def _chunks(
         for l in range(0, dict_size, latents):
             block = slice(l, min(l + latents, dict_size))
             pre = buffer[: len(x_r) * (block.stop - l)].view(len(x_r), -1)
-            torch.addmm(b_enc[block].to(x.dtype), x_r, W_enc[:, block].to(x.dtype), out=pre)
+            W = W_enc[:, block].to(x.dtype)
+            if b_enc is None:
+                torch.mm(x_r, W, out=pre)
+            else:
+                torch.addmm(b_enc[block].to(x.dtype), x_r, W, out=pre)
             yield slice(r, r + len(x_r)), block, pre
 
 
@@ -154,11 +160,13 @@ def above(
     """
     if x.is_cuda:
         return None
-    _, block, pre = next(_chunks(_sample(x), W_enc, b_enc))
-    if (pre > floor[block]).float().mean() > max_density:
+    cut = floor - b_enc  # so that the bias, a pass over every block, is added to the entries alone
+    _, block, product = next(_chunks(_sample(x), W_enc, None))
+    if (product > cut[block]).float().mean() > max_density:
         return None
-    found = [_entries(pre, pre > floor[block], rows, block) for rows, block, pre in _chunks(x, W_enc, b_enc)]
-    return _by_row(found, len(x), W_enc.shape[1])
+    found = [_entries(p, p > cut[block], rows, block) for rows, block, p in _chunks(x, W_enc, None)]
+    product, support = _by_row(found, len(x), W_enc.shape[1])
+    return Selection(product + b_enc[support.indices], support)
 
 
 def at_most(selection: Selection, k: int) -> Selection:
