@@ -246,9 +246,7 @@ class ActivationsStore:
             rows.copy_(self._buffer[slots])
         return {
             "order": self._order.cpu(),
-            "unread": torch.cat(
-                [self._buffer[slots].cpu() for slots in self._order[self._served :].split(COPIED_ROWS)]
-            ),
+            "unread": unread,
             "rng": self._rng.get_state(),
             "text": progress.text.to_state(),
             "spill": progress.spill.cpu(),

@@ -66,7 +66,6 @@ class Trainer:
         self.views = [p.detach() if p.is_contiguous() else p.detach().t() for p in sae.parameters()]
         sae.reuse_gradient_memory(True)
         self.optimizer = torch.optim.Adam(self.views, lr=sae.cfg.lr, betas=(sae.cfg.beta1, sae.cfg.beta2), fused=True)
-
         self._checked: Tensor | None = None  # of the last step, or of the first with a number that is not finite
         self._failed_at: Tensor | None = None
 
@@ -254,8 +253,8 @@ def _train(
             raise Stopped(f"stopped after step {done:,} of {cfg.num_steps:,}")
     bar.close()
     tqdm.write(_speed(cfg, saes, x, cfg.num_steps - first_step, seconds))
-    for trainer in trainers:
-        trainer.sae.eval()
+    for sae in saes:
+        sae.eval()
     return results
 
 
