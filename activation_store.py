@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+import ranks
 import text
 from config import SITES, Config
 
@@ -191,6 +192,7 @@ class ActivationsStore:
             raise ValueError("act_size = None: the width of the activations is unknown; give check_model(cfg)")
         self.model, self.cfg = model, cfg
         self.capacity = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
+        self.batch_size = cfg.batch_size // ranks.count()
         device = cfg.torch_device
         self._check_memory()
         self._buffer = torch.empty(self.capacity, cfg.act_size, dtype=cfg.torch_dtype, device=device)
@@ -226,15 +228,19 @@ class ActivationsStore:
         self._token_batches = _prefetch(stream, cfg.model_batch_size)
 
     def next_batch(self) -> Float[Tensor, "batch_size act_size"]:
-        """The next cfg.batch_size rows, in the model's dtype, on its device. A copy: the caller may keep it.
+        """The next cfg.batch_size rows, or this process's share of them, in the model's dtype, on its device.
 
-        Where this raises, `state` is still what it was after the batch before.
+        A copy: the caller may keep it. Where this raises, `state` is still what it was after the batch before.
         """
-        if self._served > 0 and self._served + self.cfg.batch_size > self.capacity // 2:
+        if self._served > 0 and self._served + self.batch_size > self.capacity // 2:
             self._refill()
-        slots = self._order[self._served : self._served + self.cfg.batch_size]
-        self._served += self.cfg.batch_size
+        slots = self._order[self._served : self._served + self.batch_size]
+        self._served += self.batch_size
         return self._buffer[slots]
+
+    def put_back(self) -> None:
+        """The last batch is served again. Where processes share batches: this one read its share, another could not."""
+        self._served -= self.batch_size
 
     @property
     def state(self) -> dict[str, Any]:
@@ -257,8 +263,9 @@ class ActivationsStore:
 
     @property
     def mean(self) -> Float[Tensor, "act_size"]:
-        """Mean of all training activations so far."""
-        return (self._progress.row_sum / self._progress.rows).to(torch.float32)
+        """Mean of all training activations so far, of all processes that share batches: each must ask."""
+        rows = torch.tensor(float(self._progress.rows), dtype=torch.float64, device=self._buffer.device)
+        return (ranks.mean(self._progress.row_sum) / ranks.mean(rows)).to(torch.float32)
 
     @property
     def tokens_seen(self) -> int:

@@ -16,6 +16,8 @@ from typing import Literal, get_args
 
 import torch
 
+from ranks import Share
+
 SaeType = Literal["vanilla", "topk", "batchtopk", "jumprelu"]
 WandbMode = Literal["offline", "online", "disabled"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -123,6 +125,8 @@ class Config:
     """Steps between two checkpoints; the end only when not given."""
     resume_freq: int | None = None
     """Steps between two writes of the file from which a run resumes; as many as cost 1% of its time when not given."""
+    share: Share = "batches"
+    """What the processes of torchrun share out: every batch (data parallel), or the SAEs, each whole on one of them."""
     output_dir: str = "runs"
     """Folder under which a run's folder is made."""
 
@@ -251,7 +255,7 @@ _STREAM = (
 )  # fmt: skip
 _NOT_IN_RESULT = {
     "device", "wandb_project", "wandb_mode", "log_freq", "perf_log_freq", "eval_windows", "checkpoint_freq",
-    "resume_freq", "output_dir",
+    "resume_freq", "share", "output_dir",
 }  # fmt: skip
 _JUMPRELU_ONLY = {"bandwidth", "threshold_init"}
 _PENALISED_ONLY = {"l1_coeff", "sparsity_warmup"}

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+import ranks
 from activation_store import ordinary_positions, record
 from sae import BaseAutoencoder, SAEOutput
 
@@ -29,7 +30,7 @@ def explained_variance(x: Float[Tensor, "batch act_size"], x_hat: Float[Tensor, 
 
 @torch.no_grad()
 def training_metrics(sae: BaseAutoencoder, x: Float[Tensor, "batch act_size"], out: SAEOutput) -> dict[str, float]:
-    """Metrics of one training batch, as numbers: the device is waited for."""
+    """Metrics of one training batch, means over the processes that share it, as numbers: the device is waited for."""
     l0, l1 = l0_l1(out)
     metrics = {
         "loss": out.loss,
@@ -39,7 +40,8 @@ def training_metrics(sae: BaseAutoencoder, x: Float[Tensor, "batch act_size"], o
         "explained_variance": explained_variance(x, out.sae_out),
         "dead_share": sae.dead.float().mean(),
     }
-    return {f"train/{name}": value for name, value in _numbers(metrics).items()}
+    means = ranks.mean(torch.stack([value.double() for value in metrics.values()]))
+    return {f"train/{name}": value for name, value in zip(metrics, means.tolist())}
 
 
 def cross_entropy(
@@ -79,14 +81,15 @@ def evaluate(
 ) -> list[dict[str, float]]:
     """Metrics of each SAE on `tokens`, which no training text should hold; all SAEs read the same hook.
 
-    tokens [window, pos] on any device; mean [act_size]: the activations' mean over training text. Special positions
-    (BOS, EOS, padding) are neither spliced nor measured, nor is what the model predicts there. Returns for each SAE,
-    cross-entropies (CE) in nats per token:
+    tokens [window, pos] on any device; mean [act_size], on the model's: the activations' mean over training text.
+    Special positions (BOS, EOS, padding) are neither spliced nor measured, nor is what the model predicts there.
+    Returns for each SAE, cross-entropies (CE) in nats per token:
         l0, l1, mse (in the SAE's normalised space), explained_variance (about the mean of these activations),
         ce_clean, ce (with the SAE's reconstruction), ce_zero and ce_mean (with zeros, with the mean),
         ce_degradation = ce - ce_clean (positive is worse),
         ce_recovered = (ce_zero - ce) / (ce_zero - ce_clean), ce_recovered_mean = the same against ce_mean,
         kl: KL(clean || spliced) in nats per token, dead_share: latents that training found dead.
+    Processes that share batches share the windows too: all must call this, and all get the metrics of the whole.
     Raises: ValueError when tokens or mean do not fit the model, or no position can be measured.
     """
     _check(model, tokens, mean, saes[0].cfg.act_size)
@@ -94,11 +97,12 @@ def evaluate(
     was_training = [sae.training for sae in saes]
     for sae in saes:
         sae.eval()
-    device = saes[0].W_dec.device
-    sums: list[dict[str, Tensor]] = [{} for _ in saes]
-    totals: dict[str, Tensor] = {}
-    rows, predictions = 0, 0
-    for batch in _eval_batches(tokens.to(device), model.cfg.d_vocab):
+    zero = torch.zeros((), dtype=torch.float64, device=mean.device)
+    totals = dict.fromkeys(("rows", "predictions", "ce_clean", "ce_zero", "ce_mean", "x_squared"), zero)
+    totals["x"] = zero.expand(len(mean))
+    sums = [dict.fromkeys(("l0", "l1", "mse", "squared_error", "ce", "kl"), zero) for _ in saes]
+    share = tokens[ranks.rank() :: ranks.count()]
+    for batch in _eval_batches(share.to(mean.device), model.cfg.d_vocab):
         replaced = ordinary_positions(batch, model.tokenizer)
         if not replaced[:, :-1].any():  # special tokens alone
             continue
@@ -107,9 +111,10 @@ def evaluate(
         counted = replaced[:, :-1]  # the last position of a window predicts nothing that is known
         log_p = clean[:, :-1][counted].float().log_softmax(dim=-1)  # [prediction, vocab]
         weight = len(log_p)
-        rows, predictions = rows + len(x), predictions + weight
         _add(
             totals,
+            rows=torch.tensor(len(x)),
+            predictions=torch.tensor(weight),
             ce_clean=cross_entropy(clean, batch, replaced) * weight,
             ce_zero=_spliced_ce(model, batch, hook_name, replaced, torch.zeros_like) * weight,
             ce_mean=_spliced_ce(model, batch, hook_name, replaced, lambda rows: mean.expand_as(rows)) * weight,
@@ -117,24 +122,28 @@ def evaluate(
             x_squared=x.double().pow(2).sum(),
         )
         for sae, sum_ in zip(saes, sums):
-            out = sae(x)
+            out = sae(x.to(sae.W_dec.device))
+            sae_out = out.sae_out.to(x.device)
             l0, l1 = l0_l1(out)
-            logits = spliced_logits(model, batch, hook_name, replaced, lambda _, out=out: out.sae_out)
+            logits = spliced_logits(model, batch, hook_name, replaced, lambda _, sae_out=sae_out: sae_out)
             log_q = logits[:, :-1][counted].float().log_softmax(dim=-1)
             _add(
                 sum_,
                 l0=l0 * len(x),
                 l1=l1 * len(x),
                 mse=out.losses["mse"] * len(x),
-                squared_error=(x - out.sae_out).double().pow(2).sum(),
+                squared_error=(x - sae_out).double().pow(2).sum(),
                 ce=cross_entropy(logits, batch, replaced) * weight,
                 kl=(log_p.exp() * (log_p - log_q)).sum(dim=-1).mean() * weight,
             )
     for sae, training in zip(saes, was_training):
         sae.train(training)
+
+    # From here on means over the processes that share the windows: all metrics are ratios.
+    totals, *sums = ({name: ranks.mean(value) for name, value in sum_.items()} for sum_ in (totals, *sums))
+    rows, predictions = totals["rows"], totals["predictions"]
     if predictions == 0:
         raise ValueError(f"tokens = {list(tokens.shape)}: special ones only; give held-out text")
-
     variance = totals["x_squared"] - totals["x"].pow(2).sum() / rows
     ce_clean, ce_zero, ce_mean = (totals[name] / predictions for name in ("ce_clean", "ce_zero", "ce_mean"))
     results = []
@@ -153,9 +162,10 @@ def evaluate(
             "ce_recovered": (ce_zero - ce) / (ce_zero - ce_clean),
             "ce_recovered_mean": (ce_mean - ce) / (ce_mean - ce_clean),
             "kl": sum_["kl"] / predictions,
-            "dead_share": sae.dead.float().mean(),
+            "dead_share": sae.dead.double().mean().to(mean.device),
         }
-        results.append(_numbers(metrics))
+        values = torch.stack(list(metrics.values())).tolist()  # one transfer from the device for all of them
+        results.append(dict(zip(metrics, values)))
     return results
 
 
@@ -185,10 +195,4 @@ def _eval_batches(tokens: Int[Tensor, "window pos"], vocab: int) -> Iterator[Int
 
 def _add(sums: dict[str, Tensor], **terms: Tensor) -> None:
     for name, term in terms.items():
-        sums[name] = sums[name] + term if name in sums else term
-
-
-def _numbers(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """One transfer from the device for all of them."""
-    values = torch.stack([v.detach().double() for v in metrics.values()]).tolist()
-    return dict(zip(metrics, values))
+        sums[name] = sums[name] + term.to(sums[name].device)

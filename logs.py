@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 from wandb import Run
 
+import ranks
 from config import Config
 from disk import flush, load_state, save_state, save_tensors, write_durably
 from sae import SAE_TYPES, BaseAutoencoder
@@ -45,38 +46,68 @@ ARCHITECTURES = {"vanilla": "standard", "topk": "topk", "batchtopk": "jumprelu",
 
 
 def begin_sweep(folder: Path, cfgs: list[Config]) -> None:
-    """Make the folder of a sweep and write down its Configs, for who resumes it."""
-    write_durably(folder / SWEEP, json.dumps([cfg.to_dict() for cfg in cfgs], indent=2).encode())
+    """Make the folder of a sweep and write down its Configs and the number of processes, for who resumes it."""
+    sweep = {"processes": ranks.world_size(), "configs": [cfg.to_dict() for cfg in cfgs]}
+    write_durably(folder / SWEEP, json.dumps(sweep, indent=2).encode())
 
 
 def read_sweep(folder: Path) -> list[Config]:
-    """The Configs of a sweep. Raises ValueError when the folder is none, or its file is damaged."""
+    """The Configs of a sweep.
+
+    Raises ValueError when the folder is none, its file is damaged, or it was begun by another number of processes.
+    """
     file = folder / SWEEP
     if not file.is_file():
         raise ValueError(f"{file}: no such file; give the folder of a sweep, such as runs/tiny-20261123-183000")
     try:
-        return [Config(**fields) for fields in json.loads(file.read_text())]
-    except (ValueError, TypeError) as error:
+        sweep = json.loads(file.read_text())
+        cfgs, processes = [Config(**fields) for fields in sweep["configs"]], int(sweep["processes"])
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: damaged ({error}); begin the sweep anew") from None
+    if processes != ranks.world_size():
+        raise ValueError(
+            f"{folder}: begun by {processes} processes, not {ranks.world_size()}; resume it with as many: "
+            + (f"torchrun --nproc-per-node {processes}" if processes > 1 else "python main.py, without torchrun")
+        )
+    return cfgs
 
 
 def load_progress(folder: Path) -> dict[str, Any]:
     """How far a sweep has come: the number of its "group" (of SAEs on one stream) in training, and where that one has
     come further than its beginning, its "step", "trainers", "store" and "log".
+    Raises ValueError when a file is damaged, or the processes that share batches do not find the same.
     """
-    return load_state(folder / RESUME) if (folder / RESUME).exists() else {"group": 0}
+    file = _resume_file(folder)
+    state = load_state(file) if file.exists() else {"group": 0}
+    found = torch.tensor([state["group"], state.get("step", 0)], dtype=torch.float64)
+    if not torch.equal(ranks.mean(found), found):
+        raise ValueError(f"{folder}: not the same on all machines; give an output_dir on a disk that all of them share")
+    if ranks.rank() > 0 and "step" in state:
+        state["store"] = load_state(_share_file(folder, state["step"], ranks.rank()))["store"]
+    return state
+
+
+def _resume_file(folder: Path) -> Path:
+    return folder / (f"resume-team-{ranks.team()}.safetensors" if ranks.team() > 0 else RESUME)
+
+
+def _share_file(folder: Path, step: int | str, rank: int | str) -> Path:
+    """What a process beside the first of those that share batches needs to resume."""
+    return folder / f"resume-step-{step}-rank-{rank}.safetensors"
 
 
 class RunLog:
     """The output of the SAEs trained together: one W&B run each, grouped by the folder's name.
 
     With the "log" of `load_progress` it goes on behind what that state has seen. Whatever W&B does, training goes on:
-    where it fails a line says so, and the metrics are in metrics.jsonl.
+    where it fails a line says so, and the metrics are in metrics.jsonl. Of processes that share batches the first alone
+    writes, but for what only the others know.
     """
 
     def __init__(self, folder: Path, cfgs: list[Config], group: int = 0, state: dict[str, Any] | None = None) -> None:
         self.folder, self._group = folder, group
-        self._folders = [folder / cfg.name for cfg in cfgs]
+        self._writes = ranks.rank() == 0
+        self._folders = [folder / cfg.name for cfg in cfgs] if self._writes else []
         sizes = [0] * len(cfgs) if state is None else state["metrics_bytes"]
         self._sent: list[int] = []  # rows to come that W&B was given before an interruption
         for cfg, sae_folder, size in zip(cfgs, self._folders, sizes):
@@ -102,7 +133,8 @@ class RunLog:
             run = None
             for mode in dict.fromkeys(["offline"] if offline else [cfg.wandb_mode, "offline"]):
                 if not id_file.exists():
-                    write_durably(id_file, secrets.token_hex(8).encode())
+                    of_agent = os.environ.get("WANDB_RUN_ID") if len(cfgs) == 1 and not offline else None
+                    write_durably(id_file, (of_agent or secrets.token_hex(8)).encode())
                 try:
                     run = wandb.init(
                         project=cfg.wandb_project,
@@ -126,6 +158,8 @@ class RunLog:
 
     def log(self, index: int, step: int, tokens: int, metrics: dict[str, float]) -> None:
         """Metrics of the SAE cfgs[index] after `step` steps, `tokens` activations."""
+        if not self._writes:
+            return
         row = {"step": step, "tokens": tokens, **metrics}
         with (self._folders[index] / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -141,21 +175,32 @@ class RunLog:
                 file = self._folders[index] / METRICS
                 tqdm.write(f"W&B failed at step {step} ({_one_line(error)}); metrics go on in {file}")
 
-    def checkpoint(self, sae: BaseAutoencoder, step: int) -> Path:
-        path = self.folder / sae.cfg.name / f"step-{step:06d}"
-        save_checkpoint(sae, path)
-        return path
+    def checkpoint(self, sae: BaseAutoencoder, step: int) -> None:
+        if self._writes:
+            save_checkpoint(sae, self.folder / sae.cfg.name / f"step-{step:06d}")
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write, in place of the last one, what `load_progress` gives back to who resumes."""
-        for folder in self._folders:
-            flush(folder / METRICS)
-        log = {"metrics_bytes": [(folder / METRICS).stat().st_size for folder in self._folders]}
-        save_state({"group": self._group, "log": log, **state}, self.folder / RESUME)
+        if not self._writes:
+            save_state({"store": state["store"]}, _share_file(self.folder, state["step"], ranks.rank()))
+        ranks.any_of(False)  # all have written, so what follows makes their files count
+        if self._writes:
+            for folder in self._folders:
+                flush(folder / METRICS)
+            log = {"metrics_bytes": [(folder / METRICS).stat().st_size for folder in self._folders]}
+            self._commit({"group": self._group, "log": log, **state})
 
     def finish(self) -> None:
         """The group is trained: who resumes begins with the next."""
-        save_state({"group": self._group + 1}, self.folder / RESUME)
+        if self._writes:
+            self._commit({"group": self._group + 1})
+
+    def _commit(self, state: dict[str, Any]) -> None:
+        save_state(state, _resume_file(self.folder))
+        others = [_share_file(self.folder, state.get("step", ""), rank) for rank in range(1, ranks.count())]
+        for file in self.folder.glob(_share_file(self.folder, "*", "*").name):
+            if file not in others:
+                file.unlink()
 
     def close(self) -> None:
         """End the W&B runs, waiting for a slow service no longer than a minute."""

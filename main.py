@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+import ranks
 from config import SWEEPS, Config, field_docs
 
 
@@ -114,7 +115,13 @@ def check(cfgs: list[Config]) -> list[Config]:
     import torch
 
     for cfg in cfgs:
+        if cfg.batch_size % ranks.count():
+            raise ValueError(
+                f"batch_size = {cfg.batch_size}: {ranks.count()} processes share it; give a multiple of that"
+            )
         device = cfg.torch_device
+        if device.index is not None and ranks.world_size() > 1:
+            raise ValueError(f"device = {cfg.device!r}: each process of torchrun has its own; give {device.type}")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"device = {cfg.device!r}: torch sees {torch.cuda.device_count()} GPUs; give cpu or another"
@@ -143,7 +150,8 @@ def check(cfgs: list[Config]) -> list[Config]:
 def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lambda: False) -> None:
     """Train the SAEs of a sweep, one pass of the language model for all that can share it, and write the results.
 
-    Goes on where the folder's last run stopped, if there was one. Raises what `training.train` does.
+    Goes on where the folder's last run stopped, if there was one. Processes of torchrun all call this. Raises what
+    `training.train` does.
     """
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are a line each
     cfgs = check(cfgs)
@@ -160,13 +168,18 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
 
     disable_progress_bar()
     progress = load_progress(folder)
-    begun = progress["group"]
+    begun, stopped = progress["group"], None
     try:
         for index, group in list(enumerate(groups.values()))[begun:]:
             state = progress if index == begun and "step" in progress else None
-            _train_group(group, index, folder, state, should_stop, lambda: begin_sweep(folder, cfgs))
-    except Stopped as stopped:
-        print(f"{stopped}; to go on: python main.py --resume {folder}")
+            if own := ranks.own(group):
+                _train_group(own, index, folder, state, should_stop, lambda: begin_sweep(folder, cfgs))
+    except Stopped as error:
+        stopped = error
+    if ranks.finish(stopped is not None):
+        print(f"{stopped or 'other processes were stopped'}; {_how_to_go_on(folder)}")
+        return
+    if ranks.world_rank() > 0:
         return
 
     table = results.load_results(folder)
@@ -191,14 +204,14 @@ def _train_group(
     """Train SAEs that share a stream. A function of its own: the next group needs the memory of this one's model."""
     from activation_store import ActivationsStore, load_model
     from logs import RunLog
-    from sae import build_sae
+    from sae import SAE_TYPES
     from training import train
 
     cfg = cfgs[0]
     count = "1 SAE" if len(cfgs) == 1 else f"{len(cfgs)} SAEs"
     print(f"{count} on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations", flush=True)
     store = ActivationsStore(load_model(cfg), cfg, state and state["store"])
-    saes = [build_sae(c) for c in cfgs]
+    saes = [SAE_TYPES[c.sae_type](c) for c in cfgs]  # `train` places them
     begin()  # writes, now that all that can be refused was
     log = RunLog(folder, cfgs, index, state and state["log"])
     try:
@@ -206,6 +219,11 @@ def _train_group(
         log.finish()
     finally:
         log.close()
+
+
+def _how_to_go_on(folder: Path) -> str:
+    program = "python" if ranks.world_size() == 1 else "torchrun ..."
+    return f"to go on: {program} main.py --resume {folder}"
 
 
 class StopAfterStep:
@@ -226,10 +244,13 @@ class StopAfterStep:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        if ranks.world_rank() == 0:
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
 
 def main() -> None:
+    if ranks.world_rank() > 0:  # the first process alone speaks, unless another has an error to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     folder = None
     try:
         options = parse(sys.argv[1:])
@@ -247,13 +268,16 @@ def main() -> None:
             stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
             folder = Path(cfgs[0].output_dir) / f"{options.sweep}-{stamp}"
         with StopAfterStep() as stop:
+            ranks.start(cfgs[0].share)
+            folder = Path(ranks.from_first(str(folder)))
             run(cfgs, folder, lambda: stop.asked)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         saved = isinstance(error, OSError) and folder is not None and (folder / "resume.safetensors").exists()
-        hint = f"; to go on: python main.py --resume {folder}" if saved else ""
-        print(f"main.py: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        hint = f"; {_how_to_go_on(folder)}" if saved else ""
+        process = f"rank {ranks.world_rank()}: " if ranks.world_size() > 1 else ""
+        print(f"main.py: {process}{' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 import choose
+import ranks
 import sparse
 from config import Config, SaeType
 from sparse import Selection, SparseLatents, Support
@@ -211,13 +212,13 @@ class BaseAutoencoder(nn.Module):
         else:
             counts = torch.zeros_like(self.b_enc).index_add_(0, support.indices, (acts > 0).to(self.b_enc.dtype))
             fired = counts > 0
-        self.tokens_since_fired += batch
-        self.tokens_since_fired.masked_fill_(fired, 0)
+        self.tokens_since_fired += batch * ranks.count()
+        self.tokens_since_fired.masked_fill_(ranks.either(fired), 0)
         if self.W_dec.is_cuda:
             count = torch.empty((), dtype=torch.int64, pin_memory=True)
             count.copy_(self.dead.sum(), non_blocking=True)
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(self.W_dec.device))
             self._num_dead = count, copied
 
     def _dead_indices(self) -> Int[Tensor, "dead"]:
@@ -265,8 +266,9 @@ class BaseAutoencoder(nn.Module):
                 acts = acts * choose.topk_mask(pre, k)
             e_hat = acts @ W_dec
         unexplained = (e_hat - error).pow(2).mean()
-        variance = (error - error.mean(dim=0)).pow(2).mean()
-        least = AUXK_LEAST_VARIANCE * error.pow(2).mean()  # less only where all rows are the same, or there is one
+        mean = ranks.mean(error.mean(dim=0))
+        variance, power = ranks.mean(torch.stack([(error - mean).pow(2).mean(), error.pow(2).mean()]))
+        least = AUXK_LEAST_VARIANCE * power  # less only where all rows are the same, or there is one
         return (variance > least) * unexplained / variance.clamp_min(least)
 
     # ---- training ----
@@ -279,8 +281,8 @@ class BaseAutoencoder(nn.Module):
         """
         self._check_input(x)
         z = self.normalise(x.reshape(-1, x.shape[-1])).z
-        self.b_dec.copy_(z.mean(dim=0))
-        self.input_scale.copy_((z - self.b_dec).pow(2).sum(dim=1).mean().sqrt())
+        self.b_dec.copy_(ranks.mean(z.mean(dim=0)))
+        self.input_scale.copy_(ranks.mean((z - self.b_dec).pow(2).sum(dim=1).mean()).sqrt())
 
     def reuse_gradient_memory(self, reuse: bool) -> None:
         """Whether the weights' gradients are written where the last ones were, for who clears these after each step.
@@ -339,7 +341,8 @@ class TopKSAE(BaseAutoencoder):
 class BatchTopKSAE(BaseAutoencoder):
     """The k * batch largest pre-activations of a batch in training; in eval mode those above a learned threshold.
 
-    threshold (buffer, scalar): bias-corrected running mean of the smallest latent a training batch kept.
+    threshold (buffer, scalar): bias-corrected running mean of the smallest latent a training batch kept. Processes that
+    share a batch choose k per token of their own share each, and their thresholds are averaged.
     """
 
     sae_type = "batchtopk"
@@ -366,11 +369,12 @@ class BatchTopKSAE(BaseAutoencoder):
         """With weight (1 - m) / (1 - m^n) on the n-th value, the running mean is free of its start at 0."""
         kept = kept.to(self.threshold.dtype)
         positive = kept > 0
-        any_fired = positive.any()
         smallest = torch.where(positive, kept, torch.inf).amin() if len(kept) else self.threshold
-        self.threshold_updates += any_fired
+        fired = positive.any().to(kept.dtype)
+        fired, smallest = ranks.mean(torch.stack([fired, torch.where(fired > 0, smallest, 0)]))
+        self.threshold_updates += fired > 0
         weight = (1 - THRESHOLD_MEMORY) / (1 - THRESHOLD_MEMORY ** self.threshold_updates.clamp_min(1))
-        self.threshold.lerp_(torch.where(any_fired, smallest, self.threshold), weight.to(self.threshold.dtype))
+        self.threshold.lerp_(torch.where(fired > 0, smallest / fired, self.threshold), weight.to(self.threshold.dtype))
 
 
 class _JumpReLU(torch.autograd.Function):

@@ -26,6 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+import ranks
+
 if TYPE_CHECKING:  # slow to import, and a wrong path is answered at once
     from datasets import IterableDataset
 
@@ -285,7 +287,8 @@ class TextPosition:
 
 
 class TextStream:
-    """The training text as windows of tokens, epoch after epoch, each in another order, from `seed`.
+    """The training text as windows of tokens, epoch after epoch, each in another order, from `seed`; of processes that
+    share batches, each has its part of it.
 
     Every window waits in a pool for a random time: a long document is many windows in a row, which a buffer of
     activations alone would serve too close together. A stream made with the `position` of another continues it exactly.
@@ -301,7 +304,10 @@ class TextStream:
         position: TextPosition | None = None,
     ) -> None:
         self._dataset_path, self._seed = dataset_path, seed
-        self._documents = load_documents(dataset_path, dataset_name, held_out=False, seed=seed)
+        from datasets.distributed import split_dataset_by_node
+
+        documents = load_documents(dataset_path, dataset_name, held_out=False, seed=seed)
+        self._documents = split_dataset_by_node(documents, ranks.rank(), ranks.count())
         self._packer = _Packer(tokenizer, seq_len)
         self._pool_size = max(1, MIXED_TOKENS // seq_len)
         self._begin(0 if position is None else position.epoch)
@@ -375,8 +381,10 @@ class TextStream:
             self._windows += len(windows)
             return
         if self._windows == 0:
+            share = f", in share {ranks.rank()} of {ranks.count()}" if ranks.count() > 1 else ""
             raise ValueError(
-                f"dataset_path = {self._dataset_path!r}: no {self._packer.seq_len} tokens of training text; give more"
+                f"dataset_path = {self._dataset_path!r}: no {self._packer.seq_len} tokens of training text{share}; give"
+                " more"
             )
         self._rng.shuffle(self._pool)
         self._all_read = True

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+import ranks
 from activation_store import ActivationsStore
 from config import Config
 from evaluation import evaluate, training_metrics
@@ -70,7 +71,7 @@ class Trainer:
         self._failed_at: Tensor | None = None
 
     def step(self, x: Float[Tensor, "batch act_size"], step: int) -> SAEOutput:
-        """One step on a batch; returns the output of its forward pass.
+        """One step on a batch, or on this process's share of it; returns the output of its forward pass.
 
         From the first step on in which a number is not finite the parameters stay as they are: see `failure`.
         """
@@ -78,10 +79,11 @@ class Trainer:
         sae.l1_coeff = sparsity_coefficient(cfg, step)
         self.optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
         out = sae(x)
-        out.loss.backward()
-        sae.project_decoder_gradient()
+        (out.loss / ranks.count()).backward()
         for view, p in zip(self.views, sae.parameters()):
             view.grad = p.grad if p.is_contiguous() else p.grad.t()
+        ranks.add_([view.grad for view in self.views])
+        sae.project_decoder_gradient()
         norms = torch.stack([view.grad.norm() for view in self.views])
         failed = self._check(x, out.loss.detach(), norms, step)
         # Fused Adam divides gradients by grad_scale as it reads them, and does nothing where found_inf is 1.
@@ -95,7 +97,7 @@ class Trainer:
 
     def _check(self, x: Tensor, loss: Tensor, norms: Tensor, step: int) -> Tensor:
         """Whether this step or an earlier one has a number that is not finite, without waiting for the device."""
-        checked = torch.stack([x.abs().amax().float(), loss, *norms])
+        checked = torch.cat([ranks.mean(torch.stack([x.abs().amax().float(), loss])), norms])
         now = torch.full((), step + 1, device=x.device)
         if self._checked is None:
             self._checked, self._failed_at = checked, now
@@ -144,6 +146,7 @@ def train(
     to `log`, if there is one, every log_freq, perf_log_freq and checkpoint_freq steps of the store's Config and at the
     end; so does, every resume_freq steps, the state from which another call goes on to the same end (with the store
     made from the same state); `state` is emptied once it is loaded.
+    Where the Config names no GPU, the SAEs are placed on all in turn. Processes that share batches all call this.
     Raises: ValueError when the SAEs do not share the store's stream; FloatingPointError when a number is not finite,
     after the other SAEs were saved; Stopped after a step in which `should_stop` says so.
     """
@@ -153,7 +156,8 @@ def train(
             raise ValueError(
                 f"{sae.cfg.name}: its stream of activations is not the store's; train it with its own store"
             )
-    trainers = [Trainer(sae.train()) for sae in saes]
+    devices = _devices(cfg)
+    trainers = [Trainer(sae.to(devices[i % len(devices)]).train()) for i, sae in enumerate(saes)]
     try:
         return _train(trainers, store, log, state, should_stop)
     finally:
@@ -191,21 +195,26 @@ def _train(
         unit="tok",
         unit_scale=True,
         dynamic_ncols=True,
-        disable=None,  # where standard error is not a terminal
+        disable=True if ranks.world_rank() > 0 else None,  # None: where standard error is not a terminal
         bar_format="{l_bar}{bar:8}| {remaining} left, {rate_fmt}{postfix}",  # fits 80 columns
     )
     pacer = _Pacer(cfg.resume_freq)
     clock, timed_tokens, seconds = time.perf_counter(), 0, 0.0
     for step in range(first_step, cfg.num_steps):
         try:
-            x = store.next_batch()
-        except Exception:
+            x, failure = store.next_batch(), None
+        except Exception as error:
+            failure = error
+        if any(ranks.any_of(failure is not None)):
+            if failure is None:
+                store.put_back()
             if log is not None and step > first_step:
                 save_state(step)
-            raise
+            ranks.fail_together()
+            raise failure or OSError("another process could not read its share of the text; see what it says")
         if step == 0:
             for sae in saes:
-                sae.initialise_from(x)
+                sae.initialise_from(x.to(sae.W_dec.device))
         done = step + 1
         is_last_step = done == cfg.num_steps
         is_log_step = done % cfg.log_freq == 0 or is_last_step
@@ -214,13 +223,15 @@ def _train(
 
         logged = []
         for trainer in trainers:
-            out = trainer.step(x, step)
+            on_its_device = x.to(trainer.sae.W_dec.device)
+            out = trainer.step(on_its_device, step)
             if is_log_step:
                 rate = trainer.optimizer.param_groups[0]["lr"]
-                logged.append(training_metrics(trainer.sae, x, out) | {"train/lr": rate})
+                logged.append(training_metrics(trainer.sae, on_its_device, out) | {"train/lr": rate})
             del out
-        stops = should_stop() and not is_last_step
-        is_save_step = log is not None and not is_last_step and (stops or pacer.is_due(done))
+        asked, is_due = ranks.any_of(should_stop(), pacer.is_due(done))
+        stops = asked and not is_last_step
+        is_save_step = log is not None and not is_last_step and (stops or is_due)
         # On a GPU only where it is waited for anyway: nothing changes after the step that failed.
         if x.device.type == "cpu" or is_log_step or is_eval_step or is_checkpoint_step:
             _raise_failures(trainers, log, done)
@@ -258,6 +269,14 @@ def _train(
     return results
 
 
+def _devices(cfg: Config) -> list[torch.device]:
+    """Where SAEs are placed in turn: on all GPUs where cfg names none, and torchrun gave this process none."""
+    device = cfg.torch_device
+    if device.type == "cpu" or device.index is not None or ranks.world_size() > 1:
+        return [device]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
 class _Pacer:
     """Says when to save the state: every `freq` steps, or where that is None, so that saving takes 1% of the time."""
 
@@ -285,6 +304,7 @@ def _raise_failures(trainers: list[Trainer], log: RunLog | None, done: int) -> N
     if log is not None:
         for trainer in others:
             log.checkpoint(trainer.sae, done)
+    ranks.fail_together()
     saved = f"; the other {len(others)} SAEs were saved" if others and log is not None else ""
     (trainer, failure), *_ = failures.items()
     raise FloatingPointError(
@@ -312,6 +332,7 @@ def _speed(cfg: Config, saes: list[BaseAutoencoder], x: Tensor, steps: int, seco
             per_latent[dtype] = (time.perf_counter() - start) / 3 / latents
         floor += per_latent[dtype] * sae.cfg.dict_size * steps
     count = "1 SAE" if len(saes) == 1 else f"{len(saes)} SAEs"
+    floor /= len(_devices(cfg))
     rate = steps * cfg.batch_size / seconds
     return f"{count}: {rate:,.0f} tokens/s; the floor of their steps is {floor / seconds:.0%} of the time"
 

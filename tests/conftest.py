@@ -1,8 +1,12 @@
 """Shared fixtures. Checks the shapes in the signatures of sparse.py, choose.py and sae.py at every call, so it runs
 before they are imported."""
 
+import json
+import os
 import random
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -86,5 +90,46 @@ def word_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         tokenizer.add_special_tokens(special)
         tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", **roles)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fork_all() -> Iterator[Callable[..., list[dict]]]:
+    """Runs main.py, or a job, in one or several processes; see forked_runs.py."""
+    script = Path(__file__).parent / "forked_runs.py"
+    environment = os.environ | {"PYTHONPATH": str(script.parent.parent), "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as server:
+
+        def run(*args: str, cwd: Path, **how: object) -> list[dict]:
+            print(json.dumps({"args": args, "cwd": str(cwd), **how}), file=server.stdin, flush=True)
+            return json.loads(server.stdout.readline())
+
+        yield run
+        server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def fork(fork_all: Callable[..., list[dict]]) -> Callable[..., dict]:
+    """`fork_all` in one process."""
+
+    def run(*args: str, cwd: Path, **how: object) -> dict:
+        (answer,) = fork_all(*args, cwd=cwd, **how)
+        return answer
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, tiny_text: Path) -> Callable[[], Path]:
+    """Makes working folders in which only a model and a text lie."""
+
+    def make() -> Path:
+        folder = tmp_path_factory.mktemp("place")
+        (folder / "tiny-gpt2").symlink_to(tiny_gpt2)
+        (folder / "animals.txt").symlink_to(tiny_text)
+        return folder
 
     return make

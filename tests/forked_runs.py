@@ -1,11 +1,16 @@
-"""Runs of main.py in forked children of one process that has imported everything: they start at once.
+"""Runs of main.py, or jobs of rank_jobs.py, in forked children of one process that has imported everything: they start
+at once.
 
-Reads a request a line from standard input, JSON: {"args": [...], "cwd": ..., and one of
+Reads a request a line from standard input, JSON: {"args": [...], "cwd": ..., and some of
+    "processes": n                   so many, as torchrun starts them
+    "job": name                      of a function of rank_jobs.py, called with args instead of main.py
+    "before": name                   of a function of rank_jobs.py, called before main.py
     "kill_after": seconds            SIGKILL then
     "file_limit": bytes              no file can grow larger, as on a full disk
     "kill_at_flush": n               SIGKILL by itself when n files or folders have been flushed to the disk
-    "signals": [[file, signal], ...] wait until the file exists, then send the signal
-}; answers {"rc", "out", "err", "seconds"}. One thread, so that forks are safe and results comparable.
+    "signals": [[file, signal, rank or None], ...]  wait until the file exists, then send the signal to that or to all
+}; answers with a list, an object a process: {"rc", "out", "err", "seconds"}. One thread, so that forks are safe and
+results comparable.
 """
 
 import contextlib
@@ -13,12 +18,15 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import IO
 
+import rank_jobs
 import torch
 from transformer_lens.model_bridge import TransformerBridge  # noqa: F401  (what a run imports late)
 
@@ -31,12 +39,10 @@ import training  # noqa: F401
 WATCH = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
-def child(request: dict, out: int, err: int) -> None:
-    os.dup2(out, 1)
-    os.dup2(err, 2)
+def child(request: dict, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     os.chdir(request["cwd"])
     torch.set_num_threads(1)
-    sys.argv = ["main.py", *request["args"]]
     if limit := request.get("file_limit"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -49,41 +55,71 @@ def child(request: dict, out: int, err: int) -> None:
             flush(path)
 
         disk.flush = flush_or_die
-    main.main()
+    if before := request.get("before"):
+        getattr(rank_jobs, before)()
+    if job := request.get("job"):
+        getattr(rank_jobs, job)(*request["args"])
+    else:
+        sys.argv = ["main.py", *request["args"]]
+        main.main()
 
 
-def serve(request: dict) -> dict:
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+def fork(request: dict, environment: dict[str, str], out: IO[str], err: IO[str]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            child(request, environment)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(BaseException):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def serve(request: dict) -> list[dict]:
+    count = request.get("processes", 1)
+    environment = {}
+    if count > 1:
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with contextlib.ExitStack() as files:
+        outputs = [tuple(files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)) for _ in range(count)]
         start = time.perf_counter()
-        pid = os.fork()
-        if pid == 0:
-            code = 70
-            try:
-                child(request, out.fileno(), err.fileno())
-                code = 0
-            except SystemExit as stop:
-                code = stop.code or 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                with contextlib.suppress(BaseException):
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                os._exit(code)
+        pids = [
+            fork(request, environment | ({"RANK": str(rank)} if count > 1 else {}), *output)
+            for rank, output in enumerate(outputs)
+        ]
         if (seconds := request.get("kill_after")) is not None:
             time.sleep(seconds)
-            os.kill(pid, signal.SIGKILL)
-        for file, number in request.get("signals", []):
-            while not list(Path(request["cwd"]).glob(file)) and os.waitid(os.P_PID, pid, WATCH) is None:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+        for file, number, rank in request.get("signals", []):
+            while not list(Path(request["cwd"]).glob(file)) and all(
+                os.waitid(os.P_PID, pid, WATCH) is None for pid in pids
+            ):
                 time.sleep(0.002)
-            os.kill(pid, number)
+            for pid in pids if rank is None else [pids[rank]]:
+                os.kill(pid, number)
             time.sleep(0.3)  # two signals of a kind at once are one
-        _, status = os.waitpid(pid, 0)
-        seconds = time.perf_counter() - start
-        out.seek(0)
-        err.seek(0)
-        rc = os.waitstatus_to_exitcode(status)
-        return {"rc": rc, "out": out.read(), "err": err.read(), "seconds": seconds}
+        answers = []
+        for pid, (out, err) in zip(pids, outputs):
+            _, status = os.waitpid(pid, 0)
+            seconds = time.perf_counter() - start
+            out.seek(0)
+            err.seek(0)
+            rc = os.waitstatus_to_exitcode(status)
+            answers.append({"rc": rc, "out": out.read(), "err": err.read(), "seconds": seconds})
+        return answers
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ CHANGED = dict(
     batch_size=1024, lr=1e-3, beta1=0.8, beta2=0.999,
     max_grad_norm=2.0, lr_warmup=0.1, lr_decay=0.1, sparsity_warmup=0.2, device="cuda:1",
     wandb_project="other", wandb_mode="disabled", log_freq=10, perf_log_freq=10, eval_windows=8, checkpoint_freq=10,
-    resume_freq=10, output_dir="elsewhere",
+    resume_freq=10, share="saes", output_dir="elsewhere",
 )  # fmt: skip
 OUTPUT = {
     "device", "wandb_project", "wandb_mode", "log_freq", "perf_log_freq", "eval_windows", "checkpoint_freq",
-    "resume_freq", "output_dir",
+    "resume_freq", "share", "output_dir",
 }  # fmt: skip
 UNUSED = {
     "vanilla": {"top_k", "top_k_aux", "aux_penalty", "bandwidth", "threshold_init"},

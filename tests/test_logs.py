@@ -439,9 +439,9 @@ def test_metrics_config_and_checkpoints_lie_in_the_folder_of_their_sae(tmp_path:
     log = RunLog(tmp_path / "sweep", cfgs)
     log_something(log)
     sae = trained_sae("jumprelu", wandb_mode="disabled")
-    path = log.checkpoint(sae, 4)
+    log.checkpoint(sae, 4)
     log.close()
-    assert path == tmp_path / "sweep" / cfgs[1].name / "step-000004"
+    path = tmp_path / "sweep" / cfgs[1].name / "step-000004"
     assert_same(load_checkpoint(path), sae)
     first, second = (tmp_path / "sweep" / cfg.name for cfg in cfgs)
     assert [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()] == [

@@ -1,6 +1,7 @@
 """main.py: a miniature sweep from the command line to the plot, the options, and bad input refused in one line."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import tyro
+import yaml
+from wandb import wandb_agent
 
 import activation_store
 import main
@@ -209,3 +212,44 @@ def test_sae_type_chooses_among_the_sweep_and_adds_what_it_lacks() -> None:
     assert {cfg.name for cfg in chosen} == {cfg.name for cfg in tiny if cfg.sae_type in ("topk", "vanilla")}
     added = main.override(SWEEPS["gpt2"](), main.Options(sae_type=("vanilla",), l1_coeff=(0.01,)))
     assert [(cfg.sae_type, cfg.l1_coeff) for cfg in added] == [("vanilla", 0.01)]
+
+
+# ---- wandb agent ----
+
+
+def test_the_command_that_an_agent_of_the_sweep_file_builds_trains_one_sae(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built by wandb's own agent from each of the grid's combinations; one is run, without a network."""
+    file = Path(main.__file__).parent / "sweeps" / "topk.yaml"
+    sweep = yaml.safe_load(file.read_text())
+    built: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], **how: object) -> None:
+            built.append(command)
+
+    monkeypatch.setattr(wandb_agent, "AgentProcess", Process)
+    agent = wandb_agent.Agent.__new__(wandb_agent.Agent)
+    agent.__dict__ |= dict(_sweep_command=sweep["command"], _run_processes={}, _function=None, _in_jupyter=False)
+    agent._forward_signals = False
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sw33p")
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    grid = [dict(zip(sweep["parameters"], values)) for values in itertools.product(
+        *(parameter["values"] for parameter in sweep["parameters"].values())
+    )]  # fmt: skip
+    for number, point in enumerate(grid):
+        args = {name: {"value": value} for name, value in point.items()}
+        agent._command_run({"run_id": f"run{number}", "program": sweep["program"], "args": args})
+    assert len(built) == 12
+    for point, command in zip(grid, built):
+        (cfg,) = parse(*command[3:])
+        assert {name: getattr(cfg, name) for name in point} == point and cfg.wandb_mode == "online"
+
+    program = [sys.executable, str(Path(main.__file__)), *SMALL, *built[-1][3:]]
+    program = [word.replace("=online", "=offline") for word in program if word not in ("--top_k=4", "--lr=0.01")]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (checkpoint,) = Path("runs").glob("*/*/step-000060")
+    assert load_checkpoint(checkpoint).cfg.sae_type == "batchtopk"
+    assert (checkpoint.parent / "wandb_id").read_text() == "run11"  # the agent's, so that the sweep has this run

@@ -5,9 +5,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,34 +18,6 @@ SWEEP = [
     "--resume-freq=7", "--device=cpu", "--wandb-mode=disabled", "--dead-after-tokens=640", "--seed", "0", "1",
 ]  # fmt: skip
 Run = Callable[..., dict]
-
-
-@pytest.fixture(scope="module")
-def fork() -> Iterator[Run]:
-    """Runs main.py; see forked_runs.py."""
-    script = Path(__file__).parent / "forked_runs.py"
-    environment = os.environ | {"PYTHONPATH": str(script.parent.parent), "TOKENIZERS_PARALLELISM": "false"}
-    with subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as server:
-
-        def run(*args: str, cwd: Path, **how: object) -> dict:
-            print(json.dumps({"args": args, "cwd": str(cwd), **how}), file=server.stdin, flush=True)
-            return json.loads(server.stdout.readline())
-
-        yield run
-        server.stdin.close()
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, tiny_text: Path) -> Callable[[], Path]:
-    def make() -> Path:
-        folder = tmp_path_factory.mktemp("place")
-        (folder / "tiny-gpt2").symlink_to(tiny_gpt2)
-        (folder / "animals.txt").symlink_to(tiny_text)
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +97,7 @@ def test_asked_to_stop_it_finishes_the_step_says_how_to_go_on_and_goes_on(
     fork: Run, place: Callable[[], Path], untroubled: tuple[dict, float], number: int
 ) -> None:
     cwd = place()
-    stopped = fork(*SWEEP, cwd=cwd, signals=[["runs/*/*/step-000020", number]])
+    stopped = fork(*SWEEP, cwd=cwd, signals=[["runs/*/*/step-000020", number, 0]])
     folder = sweep_folder(cwd)
     assert stopped["rc"] == 0 and "Traceback" not in stopped["err"]
     assert stopped["err"] == "\nstopping after this step; Ctrl-C again stops at once\n"
@@ -146,7 +116,7 @@ def test_asked_to_stop_it_finishes_the_step_says_how_to_go_on_and_goes_on(
 def test_ctrl_c_twice_stops_at_once(fork: Run, place: Callable[[], Path]) -> None:
     cwd = place()
     slow = [*SWEEP, "--num-batches-in-buffer=4000"]  # whose first step takes seconds
-    done = fork(*slow, cwd=cwd, signals=[["runs/*/*/metrics.jsonl", signal.SIGINT], ["runs", signal.SIGINT]])
+    done = fork(*slow, cwd=cwd, signals=[["runs/*/*/metrics.jsonl", signal.SIGINT, 0], ["runs", signal.SIGINT, 0]])
     assert done["rc"] == 130 and "Traceback" not in done["err"] and "stopped" not in done["out"]
 
 

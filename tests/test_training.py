@@ -289,7 +289,7 @@ def test_only_log_steps_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, no_
     monkeypatch.undo()
     by_step = {step: {name for s, name in waits if s == step} - allowed for step in range(1, 11)}
     assert {step for step, names in by_step.items() if names} == {4, 8, 10}
-    assert by_step[4] == {"_numbers"}
+    assert by_step[4] == {"training_metrics"}
     assert allowed <= {name for _, name in waits}
 
 
@@ -473,3 +473,29 @@ def test_the_seed_alone_decides_the_weights(tiny_gpt2: Path, tiny_text: Path) ->
         for name, value in sae.state_dict().items():
             assert torch.equal(value, same.state_dict()[name]), name
         assert not torch.allclose(sae.W_dec, different.W_dec, atol=0.1)
+
+
+# ---- several devices ----
+
+
+def test_saes_are_placed_on_the_devices_in_turn(no_model: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    gpus = [torch.device("cuda", index) for index in range(3)]
+    assert training._devices(config(device="cuda")) == gpus
+    assert training._devices(config(device="cuda:1")) == gpus[1:2] and training._devices(config()) == [
+        torch.device("cpu")
+    ]
+
+    moved: list[tuple[BaseAutoencoder, torch.device]] = []
+    monkeypatch.setattr(training, "_devices", lambda cfg: gpus[:2])
+    monkeypatch.setattr(BaseAutoencoder, "to", lambda sae, device: (moved.append((sae, device)), sae)[1])
+    saes = one_of_each()
+    moved.clear()
+    train(saes, Store(saes[0].cfg))
+    assert moved == list(zip(saes, [*gpus[:2], *gpus[:2]]))
+
+
+def test_with_a_process_for_each_gpu_none_takes_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert training._devices(config(device="cuda")) == [torch.device("cuda")]
