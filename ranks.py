@@ -7,6 +7,7 @@ some of the SAEs on whole batches, and they meet only at the end.
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -175,6 +176,9 @@ def _end_with(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         if connection.recv(1):  # it parted
             return
+    if not _batches_are_shared:  # it needs no other: it saves what it has
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
     time.sleep(GRACE_SECONDS)  # in which a collective fails, and the process ends as it should
     print(f"rank {world_rank()}: {GONE}", file=sys.stderr, flush=True)
     os._exit(2)

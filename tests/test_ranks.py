@@ -257,6 +257,17 @@ def test_saes_shared_out_end_as_those_of_one_process(fork_all: ForkAll, place: P
     )
 
 
+def test_where_one_is_killed_the_others_save_their_saes(fork_all: ForkAll, place: Place) -> None:
+    cwd = place()
+    kill = [["runs/*/*/step-000020", signal.SIGKILL, 1]]
+    args = [*SMALL, "--share=saes", "--num-tokens=48000", "--resume-freq=100000"]
+    answers = fork_all(*args, processes=3, cwd=cwd, signals=kill)
+    folder = sweep_folder(cwd)
+    for rank, name in ((0, "resume.safetensors"), (2, "resume-team-2.safetensors")):
+        assert answers[rank]["rc"] == 2 and f"main.py: rank {rank}: {GONE} (" in answers[rank]["err"]
+        assert 0 < load_state(folder / name)["step"] < 750
+
+
 # ---- torchrun itself ----
 
 
