@@ -1,0 +1,146 @@
+"""The Hugging Face Hub: SAEs pushed with a card that describes them, the files of pushed ones loaded.
+
+user/repo/                       a repository: of one SAE, of a sweep, of anybody
+    README.md                    the card of the SAE pushed last, which the Hub shows
+    <Config.name>/               one folder an SAE, as logs.save_checkpoint writes it; SAELens opens it as it is
+        README.md                its card
+        cfg.json  sae_weights.safetensors  counters.safetensors
+
+The address and the token are huggingface_hub's: HF_ENDPOINT, and `hf auth login` or HF_TOKEN.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+from huggingface_hub import HfApi, get_token, snapshot_download
+
+from logs import save_checkpoint
+from results import METRICS, TYPES, load_results
+from sae import BaseAutoencoder
+
+SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.-]+(/[\w.-]+)*))?")
+ABOVE = "config.json"  # beside the folders of a repository it can say which model they are of
+
+
+def download(source: str, names: Iterable[str]) -> Path:
+    """The folder of the local cache with those files of "user/repo" or "user/repo:folder" that have one of the names.
+
+    Raises ValueError, one line, when the source is none or the Hub does not give it.
+    """
+    repo, folder = _repo_and_folder(source)
+    prefix = f"{folder}/" if folder else ""
+    try:
+        cache = snapshot_download(repo, allow_patterns=[ABOVE, *(prefix + name for name in names)])
+    except Exception as error:  # of a service out of our hands
+        raise ValueError(f"{source}: cannot be loaded from the Hub ({_one_line(error)})") from None
+    return Path(cache) / folder
+
+
+def push_to_hub(
+    sae: BaseAutoencoder,
+    repo_id: str,
+    *,
+    sweep: str | Path | None = None,
+    folder: str | None = None,
+    private: bool = False,
+) -> str:
+    """Put the SAE into the Hub's repository "user/repo", made if there is none, in one commit; returns its address.
+
+    folder: where it lies in the repository; the SAE's name when not given.
+    sweep: the folder of the sweep that trained it, such as runs/tiny-20261123-183000; its metrics and its place on the
+    Pareto front then stand on the card.
+    Raises ValueError, one line, when the SAE is not of the sweep or the Hub refuses.
+    """
+    folder = sae.cfg.name if folder is None else folder
+    _repo_and_folder(f"{repo_id}:{folder}")
+    card = model_card(sae, repo_id, folder, None if sweep is None else load_results(sweep))
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        save_checkpoint(sae, root / folder)
+        for place in (root, root / folder):
+            (place / "README.md").write_text(card)
+        try:
+            api = HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=root, commit_message=f"SAE {folder}")
+        except Exception as error:  # of a service out of our hands
+            remedy = "run `hf auth login` with a token that may write"
+            raise ValueError(f"{repo_id}: not pushed to the Hub ({_one_line(error)}); {remedy}") from None
+    return f"{api.endpoint}/{repo_id}/tree/main/{folder}"
+
+
+def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: pd.DataFrame | None) -> str:
+    """Markdown: what the SAE is, how to load it, its metrics and its place in the sweep, its Config.
+
+    sweep: `load_results` of the runs it was trained with, where they are at hand.
+    Raises ValueError when the SAE is not among them.
+    """
+    cfg = sae.cfg
+    parts = [
+        "---\nlibrary_name: saelens\ntags:\n- sparse-autoencoder\n- nn-decompositions\n---",
+        f"# {cfg.name}",
+        f"A {TYPES[cfg.sae_type][0]} sparse autoencoder: {cfg.dict_size} latents of the {cfg.act_size} activations at"
+        f" `{cfg.hook_point}` of `{cfg.model_name}`, trained with NN Decompositions.",
+        "## Load it",
+        f'```python\nfrom sae_lens import SAE  # SAELens\n\nsae = SAE.from_pretrained("{repo_id}", "{folder}")\n```',
+        "```python\nfrom pretrained import load_pretrained  # NN Decompositions\n\n"
+        f'sae = load_pretrained("{repo_id}:{folder}")\n```',
+    ]
+    if sweep is not None:
+        rows = sweep[sweep["name"] == cfg.name]
+        if rows.empty:
+            raise ValueError(f"sweep: has no SAE {cfg.name}; give the folder of the run that trained it")
+        parts += ["## On held-out text", *_metrics_part(rows.iloc[0]), "## In its sweep", *_sweep_part(sweep, cfg.name)]
+    fields = {name: value for name, value in cfg.to_dict().items() if name not in ("device", "output_dir")}
+    parts += ["## Config", _markdown_table(["field", "value"], [[name, f"`{fields[name]}`"] for name in fields])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metrics_part(row: pd.Series) -> list[str]:
+    table = _markdown_table(["metric", "value"], [[name, f"{row[name]:.6g}"] for name in METRICS])
+    return [f"After {row['step']:,} steps, {row['tokens']:,} tokens; cross-entropies (ce) in nats per token.", table]
+
+
+def _sweep_part(sweep: pd.DataFrame, name: str) -> list[str]:
+    """Is it on the fronts, and all SAEs of the sweep."""
+    wanted = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
+    fronts = {metric: _on_front(sweep, metric) for metric in wanted}
+    lines = [
+        f"It is {'' if fronts[metric][sweep['name'] == name].all() else 'not '}on the Pareto front of L0 and {label}."
+        for metric, label in wanted.items()
+    ]
+    rows = []
+    for index, row in sweep.iterrows():
+        label = f"**{row['name']}**" if row["name"] == name else row["name"]
+        values = [f"{row[metric]:.4f}" + (" *" if fronts[metric][index] else "") for metric in wanted]
+        rows.append([label, f"{row['l0']:.1f}", *values])
+    return [" ".join(lines) + " Those that are have a star.", _markdown_table(["SAE", "L0", *wanted.values()], rows)]
+
+
+def _on_front(sweep: pd.DataFrame, metric: str) -> pd.Series:
+    """True where no other SAE is as sparse and better, or sparser and as good."""
+    l0, good = sweep["l0"], sweep[metric]
+    beaten = [((l0 <= x) & (good >= y) & ((l0 < x) | (good > y))).any() for x, y in zip(l0, good)]
+    return ~pd.Series(beaten, index=sweep.index) & l0.notna() & good.notna()
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _repo_and_folder(source: str) -> tuple[str, str]:
+    match = SOURCE.fullmatch(source)
+    if match is None or ".." in re.split("[/:]", source):
+        raise ValueError(f"{source}: no such folder; give a folder, or user/repo or user/repo:folder of the Hub")
+    return match["repo"], match["folder"] or ""
+
+
+def _one_line(error: Exception) -> str:
+    """The error without line breaks, and without the token, whoever put it there."""
+    text = f"{type(error).__name__}: {error}"
+    token = get_token()
+    return " ".join((text.replace(token, "<token>") if token else text).split())[:300]

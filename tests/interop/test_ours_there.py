@@ -1,0 +1,196 @@
+"""Our checkpoints in SAELens, its models with SAEs in them, its evaluations, and SAEBench's core evaluation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from hub_server import standing_in
+from sae_bench.evals.core import main as sae_bench_core
+from sae_bench.evals.core.eval_config import CoreEvalConfig
+from sae_bench.sae_bench_utils import general_utils
+from sae_lens import SAE, ActivationsStore, HookedSAETransformer
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from sae_lens.evals import get_eval_everything_config, get_recons_loss, run_evals
+from sae_lens.training.activation_scaler import ActivationScaler
+from transformer_lens import HookedTransformerConfig
+from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from activation_store import load_model, ordinary_positions, record
+from config import Config
+from evaluation import cross_entropy, evaluate, spliced_logits
+from hub import push_to_hub
+from logs import save_checkpoint
+from sae import SAE_TYPES, BaseAutoencoder
+
+WIDTH = 16  # of tiny_gpt2
+
+
+def make(sae_type: str, norm: bool, **fields: object) -> BaseAutoencoder:
+    """An SAE with every parameter away from where it starts."""
+    fields = {"layer": 1, "site": "resid_pre", "act_size": WIDTH, "dict_size": 64, "top_k": 8, "device": "cpu"} | fields
+    sae = SAE_TYPES[sae_type](Config(sae_type=sae_type, input_unit_norm=norm, **fields))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            getattr(sae, name).add_(0.2 * torch.randn_like(getattr(sae, name)))
+        sae.constrain()
+        if sae_type in ("batchtopk", "jumprelu"):
+            sae.threshold.copy_(torch.rand_like(sae.threshold) + 0.3)
+    return sae.eval()
+
+
+def assert_same(sae: BaseAutoencoder, theirs: SAE, x: torch.Tensor) -> None:
+    acts, our_acts = theirs.encode(x), sae.encode(x)
+    torch.testing.assert_close(our_acts, acts, rtol=1e-5, atol=1e-6)
+    assert 0 < (acts > 0).sum() < acts.numel()
+    assert torch.equal(our_acts > 0, acts > 0)
+    torch.testing.assert_close(sae(x).sae_out, theirs(x), rtol=1e-5, atol=1e-5)
+    theirs.encode(x)  # which keeps a token's mean and scale for the next decode
+    decoded = theirs.decode(acts)
+    if sae.cfg.input_unit_norm:
+        rows = sae.normalise(x.reshape(-1, x.shape[-1]))
+        ours = (sae.decode(our_acts).view_as(rows.z) * rows.std + rows.mean).view_as(x)
+    else:
+        ours = sae.decode(our_acts)
+    torch.testing.assert_close(ours, decoded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, WIDTH), (5, 8, WIDTH)])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("sae_type", SAE_TYPES)
+def test_load_from_disk(tmp_path: Path, sae_type: str, norm: bool, shape: tuple[int, ...]) -> None:
+    sae = make(sae_type, norm)
+    save_checkpoint(sae, tmp_path / "sae")
+    theirs = SAE.load_from_disk(tmp_path / "sae")
+    assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_pre"
+    assert_same(sae, theirs, 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(2)) + 0.5)
+
+
+def test_all_heads_concatenated(tmp_path: Path) -> None:
+    sae = make("topk", False, site="z")
+    save_checkpoint(sae, tmp_path / "sae")
+    theirs = SAE.load_from_disk(tmp_path / "sae")
+    x = torch.randn(6, 2, WIDTH // 2)
+    torch.testing.assert_close(sae(x.flatten(1)).sae_out, theirs(x).flatten(1), rtol=1e-5, atol=1e-6)
+
+
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = make("batchtopk", True)
+    with standing_in(monkeypatch, tmp_path / "cache"):
+        push_to_hub(sae, "someone/saes")
+        theirs = SAE.from_pretrained("someone/saes", sae.cfg.name)
+    assert_same(sae, theirs, torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(3)))
+
+
+# ---- in a model ----
+
+
+@pytest.fixture(scope="module")
+def windows(tiny_gpt2: Path, tiny_text: Path) -> torch.Tensor:
+    """Eight windows of 32 tokens that begin with BOS."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    ids = tokenizer(tiny_text.read_text()[:4000])["input_ids"][: 8 * 31]
+    return torch.cat([torch.full((8, 1), tokenizer.bos_token_id), torch.tensor(ids).view(8, 31)], dim=1)
+
+
+@pytest.fixture(scope="module")
+def hooked(tiny_gpt2: Path) -> HookedSAETransformer:
+    """tiny_gpt2 as a HookedSAETransformer, which loads by the names of known models only."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    cfg = HookedTransformerConfig(
+        n_layers=2, d_model=WIDTH, n_ctx=64, d_head=8, n_heads=2, d_vocab=model.config.vocab_size, act_fn="gelu_new",
+        normalization_type="LN", original_architecture="GPT2LMHeadModel", model_name="tiny", default_prepend_bos=True,
+    )  # fmt: skip
+    ours = HookedSAETransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(tiny_gpt2))
+    ours.load_and_process_state_dict(
+        convert_gpt2_weights(model, cfg), fold_ln=False, center_writing_weights=False, center_unembed=False,
+        fold_value_biases=False,
+    )  # fmt: skip
+    return ours.eval()
+
+
+def fitted(tiny_gpt2: Path, windows: torch.Tensor, sae_type: str, norm: bool) -> tuple[BaseAutoencoder, object]:
+    """An SAE about the mean of the model's activations, and the model."""
+    sae = make(sae_type, norm, model_name=str(tiny_gpt2))
+    model = load_model(sae.cfg)
+    sae.initialise_from(record(model, windows, sae.cfg.hook_point).flatten(0, 1))
+    return sae, model
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("sae_type", SAE_TYPES)
+def test_spliced(
+    tiny_gpt2: Path, windows: torch.Tensor, hooked: HookedSAETransformer, tmp_path: Path, sae_type: str, norm: bool
+) -> None:
+    """SAELens replaces every position, its two kinds of model with an SAE in them as one; then CE is that of ours."""
+    sae, model = fitted(tiny_gpt2, windows, sae_type, norm)
+    save_checkpoint(sae, tmp_path / "sae")
+    theirs = SAE.load_from_disk(tmp_path / "sae")
+    everywhere = torch.ones_like(windows, dtype=torch.bool)
+    logits = spliced_logits(model, windows, sae.cfg.hook_point, everywhere, lambda rows: sae(rows).sae_out)
+    ce = cross_entropy(logits, windows, everywhere)
+    clean = cross_entropy(model(windows, return_type="logits"), windows, everywhere)
+    assert abs(ce - clean) > 1e-2
+    bridge = SAETransformerBridge.boot_transformers(str(tiny_gpt2), device="cpu")
+    for their_model in (hooked, bridge):
+        with torch.no_grad():
+            their_logits = their_model.run_with_saes(windows, saes=[theirs], return_type="logits")
+        torch.testing.assert_close(cross_entropy(their_logits, windows, everywhere), ce, rtol=1e-5, atol=0)
+
+
+def store(theirs: SAE, model: HookedSAETransformer, tiny_text: Path) -> ActivationsStore:
+    texts = Dataset.from_dict({"text": tiny_text.read_text().split("\n")})
+    return ActivationsStore.from_sae(model, theirs, dataset=texts, context_size=32, streaming=False)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("sae_type", SAE_TYPES)
+def test_evaluations(
+    tiny_gpt2: Path, windows: torch.Tensor, hooked: HookedSAETransformer, tiny_text: Path, tmp_path: Path,
+    sae_type: str, norm: bool,
+) -> None:  # fmt: skip
+    """SAELens' own evaluation runs, all of it, and its CE at the positions that ours replaces is ours."""
+    sae, model = fitted(tiny_gpt2, windows, sae_type, norm)
+    save_checkpoint(sae, tmp_path / "sae")
+    theirs = SAE.load_from_disk(tmp_path / "sae")
+    scalars, features = run_evals(
+        theirs, store(theirs, hooked, tiny_text), hooked, ActivationScaler(),
+        get_eval_everything_config(batch_size_prompts=4, n_eval_reconstruction_batches=2),
+    )  # fmt: skip
+    assert 0 < scalars["sparsity"]["l0"] < 64 and len(features["feature_density"]) == 64
+    assert scalars["model_performance_preservation"]["ce_loss_with_sae"] > 0
+
+    (ours,) = evaluate(model, [sae], windows, torch.zeros(WIDTH))
+    losses = get_recons_loss(theirs, hooked, ActivationScaler(), windows, True, True, ignore_tokens=[0])
+    counted = ordinary_positions(windows, model.tokenizer)[:, :-1]
+    for our_name, name in {"ce": "ce_loss_with_sae", "ce_clean": "ce_loss_without_sae"}.items():
+        assert losses[name][counted].mean().item() == pytest.approx(ours[our_name], rel=1e-5)
+    assert losses["kl_div_with_sae"][:, :-1][counted].mean().item() == pytest.approx(ours["kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("sae_type", SAE_TYPES)
+def test_sae_bench_core(
+    tiny_gpt2: Path, windows: torch.Tensor, hooked: HookedSAETransformer, tiny_text: Path, tmp_path: Path,
+    sae_type: str, norm: bool,
+) -> None:  # fmt: skip
+    sae, _ = fitted(tiny_gpt2, windows, sae_type, norm)
+    save_checkpoint(sae, tmp_path / "sae")
+    _, theirs, _ = general_utils.load_and_format_sae("ours", SAE.load_from_disk(tmp_path / "sae"), "cpu")
+    cfg = CoreEvalConfig(
+        model_name="tiny", batch_size_prompts=4, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2,
+        compute_kl=True, compute_ce_loss=True, compute_l2_norms=True, compute_sparsity_metrics=True,
+        compute_variance_metrics=True, compute_featurewise_density_statistics=True,
+        compute_featurewise_weight_based_metrics=True, exclude_special_tokens_from_reconstruction=True, context_size=32,
+    )  # fmt: skip
+    texts = store(theirs, hooked, tiny_text)
+    scalars, features = sae_bench_core.run_evals(theirs, texts, hooked, cfg, ignore_tokens={0})
+    scalars["misc_metrics"] = sae_bench_core.calculate_misc_metrics(features)
+    result = {"eval_cfg": cfg, "metrics": scalars, "feature_metrics": features, "sae_id": "ours", "sae_set": "ours"}
+    path = sae_bench_core.save_single_eval_result(result, "1", "6", "none", str(tmp_path / "result.json"), theirs)
+    metrics = json.loads(Path(path).read_text())["eval_result_metrics"]
+    assert 0 < metrics["sparsity"]["l0"] < 64
+    assert metrics["model_performance_preservation"]["ce_loss_with_sae"] > 0

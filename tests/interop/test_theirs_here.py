@@ -1,0 +1,219 @@
+"""Checkpoints that SAELens, dictionary_learning and sparsify wrote, opened here: they compute what theirs do."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sae_lens
+import torch
+from dictionary_learning import AutoEncoder, JumpReluAutoEncoder
+from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
+from dictionary_learning.trainers.top_k import AutoEncoderTopK
+from dictionary_learning.utils import load_dictionary
+from hub_server import standing_in
+from sae_lens.loading.pretrained_sae_loaders import gemma_2_sae_huggingface_loader
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.activation_scaler import ActivationScaler
+from sparsify import SparseCoder, SparseCoderConfig
+from torch import Tensor, nn
+
+from pretrained import load_pretrained
+
+D, F, K = 24, 96, 6
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def shaken(module: nn.Module, negative_thresholds: bool = False) -> nn.Module:
+    """Every parameter and threshold away from where it starts; decoder rows of many norms; some thresholds below 0."""
+    with torch.no_grad():
+        for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
+            if "threshold" in name:
+                parameter.copy_(torch.rand_like(parameter) * 1.2 - 0.6 * negative_thresholds)
+            elif parameter.is_floating_point():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def inputs(*shape: int) -> Tensor:
+    return 2 * torch.randn(*(shape or (50,)), D) + 0.3
+
+
+def same(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+# ---- SAELens ----
+
+METADATA = {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_post", "context_size": 64, "dataset_path": "a/b"}
+
+
+def sae_lens_sae(architecture: str, **fields: object) -> sae_lens.SAE:
+    extra = {"k": K} if architecture == "topk" else {}
+    cfg = {"architecture": architecture, "d_in": D, "d_sae": F, "metadata": METADATA} | extra | fields
+    return shaken(sae_lens.SAE.from_dict(cfg), negative_thresholds=True)
+
+
+def assert_same_as_sae_lens(ours: nn.Module, theirs: sae_lens.SAE, x: Tensor) -> None:
+    acts = theirs.encode(x)
+    same(ours.encode(x), acts)
+    assert torch.equal(ours.encode(x) > 0, acts > 0) and 0 < (acts > 0).sum() < acts.numel()
+    same(ours(x).sae_out, theirs(x))
+    if theirs.cfg.normalize_activations == "none":
+        same(ours.decode(acts), theirs.decode(acts))
+
+
+@pytest.mark.parametrize("shape", [(50,), (5, 8)])
+@pytest.mark.parametrize("norm", ["none", "layer_norm"])
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+def test_sae_lens(tmp_path: Path, architecture: str, subtract: bool, norm: str, shape: tuple[int, ...]) -> None:
+    theirs = sae_lens_sae(architecture, apply_b_dec_to_input=subtract, normalize_activations=norm)
+    theirs.save_model(tmp_path)
+    ours = load_pretrained(tmp_path)
+    assert ours.cfg.sae_type == {"standard": "vanilla"}.get(architecture, architecture)
+    assert (ours.cfg.model_name, ours.cfg.layer, ours.cfg.site) == ("gpt2", 3, "resid_post")
+    assert (ours.cfg.act_size, ours.cfg.dict_size, ours.cfg.input_unit_norm) == (D, F, norm == "layer_norm")
+    assert (ours.cfg.seq_len, ours.cfg.dataset_path) == (64, "a/b")
+    assert_same_as_sae_lens(ours, theirs, inputs(*shape))
+
+
+def test_sae_lens_rescaled_by_decoder_norms(tmp_path: Path) -> None:
+    theirs = sae_lens_sae("topk", rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=False)
+    theirs.save_model(tmp_path)
+    assert_same_as_sae_lens(load_pretrained(tmp_path), theirs, inputs())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_sae_lens_in_another_format_of_numbers(tmp_path: Path, dtype: str) -> None:
+    sae_lens_sae("jumprelu").to(getattr(torch, dtype)).save_model(tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path, dtype="float32")
+    assert_same_as_sae_lens(load_pretrained(tmp_path), theirs, inputs())
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("norm", ["none", "expected_average_only_in"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "standard", "jumprelu"])
+def test_sae_lens_in_training(tmp_path: Path, architecture: str, norm: str, rescaled: bool) -> None:
+    """A checkpoint of SAELens' trainer becomes what SAELens would make of it for inference, input scaling folded."""
+    fields: dict = {"d_in": D, "d_sae": F, "normalize_activations": norm}
+    if architecture.endswith("topk"):
+        fields |= {"k": K, "rescale_acts_by_decoder_norm": rescaled}
+    config_class = sae_lens.registry.get_sae_training_class(architecture)[1]
+    training = shaken(sae_lens.TrainingSAE.from_dict(
+        config_class(**fields, metadata=SAEMetadata(**METADATA)).to_dict()
+    ))  # fmt: skip
+    training.save_model(tmp_path / "training")
+    if norm != "none":
+        ActivationScaler(scaling_factor=1.7).save(str(tmp_path / "training" / "activation_scaler.json"))
+        training.fold_activation_norm_scaling_factor(1.7)
+    training.save_inference_model(tmp_path / "inference")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "inference")
+    ours = load_pretrained(tmp_path / "training")
+    assert ours.cfg.sae_type == {"standard": "vanilla"}.get(architecture, architecture)
+    assert_same_as_sae_lens(ours, theirs, inputs())
+    assert_same_as_sae_lens(load_pretrained(tmp_path / "inference"), theirs, inputs())
+
+
+@pytest.mark.parametrize("architecture", ["gated", "transcoder", "skip_transcoder", "jumprelu_transcoder"])
+def test_sae_lens_refused_by_name(tmp_path: Path, architecture: str) -> None:
+    extra = {"d_out": D, "hook_name_out": "x"} if "transcoder" in architecture else {}
+    cfg = {"architecture": architecture, "d_in": D, "d_sae": F, "metadata": METADATA} | extra
+    sae_lens.registry.get_sae_class(architecture)[0].from_dict(cfg).save_model(tmp_path)
+    with pytest.raises(ValueError, match=f"architecture = '{architecture}'"):
+        load_pretrained(tmp_path)
+
+
+# ---- Gemma Scope, as SAELens reads it from the Hub ----
+
+
+def test_gemma_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    D = 2304  # of Gemma 2 2B; SAELens checks the width by the folder's name
+    params = {
+        "W_enc": torch.randn(D, 64) / 48, "b_enc": torch.randn(64) / 4, "W_dec": torch.randn(64, D) / 48,
+        "b_dec": torch.randn(D) / 4, "threshold": torch.rand(64) - 0.2,
+    }  # fmt: skip
+    np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in params.items()})
+    repo, folder = "google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71"
+    with standing_in(monkeypatch, tmp_path / "cache") as hub:
+        hub.repos[repo] = {f"{folder}/params.npz": (tmp_path / "params.npz").read_bytes()}
+        cfg, weights, _ = gemma_2_sae_huggingface_loader(repo, folder, "cpu", False, {"d_sae": 64})
+        ours = load_pretrained(f"{repo}:{folder}")
+    theirs = sae_lens.SAE.from_dict(cfg | {"normalize_activations": "none"})
+    theirs.load_state_dict(weights)
+    assert (ours.cfg.model_name, ours.cfg.hook_point) == ("google/gemma-2-2b", cfg["hook_name"])
+    assert_same_as_sae_lens(ours, theirs, torch.randn(30, D))
+
+
+# ---- dictionary_learning ----
+
+
+@pytest.mark.parametrize("negative_thresholds", [False, True])
+@pytest.mark.parametrize(
+    "sae_type, theirs",
+    [
+        ("vanilla", lambda: AutoEncoder(D, F)),
+        ("topk", lambda: AutoEncoderTopK(D, F, K)),
+        ("batchtopk", lambda: BatchTopKSAE(D, F, K)),
+        ("batchtopk", lambda: MatryoshkaBatchTopKSAE(D, F, K, [F // 4, 3 * F // 4])),
+        ("jumprelu", lambda: JumpReluAutoEncoder(D, F)),
+    ],
+)
+def test_dictionary_learning(tmp_path: Path, sae_type: str, theirs: object, negative_thresholds: bool) -> None:
+    dictionary = shaken(theirs(), negative_thresholds)
+    if negative_thresholds and sae_type == "batchtopk":
+        dictionary.threshold.fill_(-1.0)  # as it is until training has set it
+    torch.save(dictionary.state_dict(), tmp_path / "ae.pt")
+    trainer = {
+        "dict_class": type(dictionary).__name__, "activation_dim": D, "dict_size": F, "k": K, "layer": 4,
+        "lm_name": "EleutherAI/pythia-70m-deduped", "submodule_name": "resid_post_layer_4",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
+    reference, _ = load_dictionary(str(tmp_path), "cpu")
+    ours = load_pretrained(tmp_path)
+    assert ours.cfg.sae_type == sae_type
+    assert (ours.cfg.model_name, ours.cfg.hook_point) == ("EleutherAI/pythia-70m-deduped", "blocks.4.hook_resid_post")
+    x = inputs()
+    acts = reference.encode(x)
+    same(ours.encode(x), acts)
+    same(ours.decode(acts), reference.decode(acts))
+    same(ours(x).sae_out, reference(x))
+    same(ours(x.view(5, 10, D)).sae_out.flatten(0, 1), reference(x))
+
+
+# ---- sparsify ----
+
+
+@pytest.mark.parametrize("hookpoint, site", [("layers.5", "resid_post"), ("h.5.mlp", "mlp_out")])
+@pytest.mark.parametrize("sizes", [{"num_latents": F}, {"expansion_factor": F // D}])
+def test_sparsify(tmp_path: Path, sizes: dict[str, int], hookpoint: str, site: str) -> None:
+    theirs = shaken(SparseCoder(D, SparseCoderConfig(k=K, **sizes)))
+    theirs.save_to_disk(tmp_path / hookpoint)
+    (tmp_path / "config.json").write_text(json.dumps({"model": "HuggingFaceTB/SmolLM2-135M"}))
+    reference = SparseCoder.load_from_disk(tmp_path / hookpoint)
+    ours = load_pretrained(tmp_path / hookpoint)
+    assert (ours.cfg.model_name, ours.cfg.layer, ours.cfg.site) == ("HuggingFaceTB/SmolLM2-135M", 5, site)
+    x = inputs()
+    values, indices, _ = reference.encode(x)
+    acts = torch.zeros(len(x), F).scatter_(1, indices, values)
+    same(ours.encode(x), acts)
+    same(ours.decode(acts), reference.decode(values, indices))
+    same(ours(x).sae_out, reference(x).sae_out)
+
+
+@pytest.mark.parametrize("option", ["transcode", "skip_connection", "multi_topk"])
+def test_sparsify_refused_by_name(tmp_path: Path, option: str) -> None:
+    SparseCoder(D, SparseCoderConfig(k=K, num_latents=F, **{option: True})).save_to_disk(tmp_path / "layers.5")
+    with pytest.raises(ValueError, match=f"{option} = True"):
+        load_pretrained(tmp_path / "layers.5", model_name="gpt2")
+
+
+def test_sparsify_groupmax(tmp_path: Path) -> None:
+    SparseCoder(D, SparseCoderConfig(k=K, num_latents=F, activation="groupmax")).save_to_disk(tmp_path / "layers.5")
+    with pytest.raises(ValueError, match="activation = 'groupmax'"):
+        load_pretrained(tmp_path / "layers.5", model_name="gpt2")

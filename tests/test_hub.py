@@ -1,0 +1,163 @@
+"""SAEs pushed to a stand-in of the Hub and loaded from it; what the card says; no token is ever shown."""
+
+import json
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import Hub, standing_in
+
+from config import Config
+from hub import model_card, push_to_hub
+from logs import save_checkpoint
+from pretrained import load_pretrained
+from results import load_results
+from sae import SAE_TYPES, BaseAutoencoder
+
+TOKEN = "hf_secretSECRETsecret"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with standing_in(monkeypatch, tmp_path / "cache") as hub:
+        yield hub
+
+
+def make(sae_type: str, **fields: object) -> BaseAutoencoder:
+    cfg = Config(**{"sae_type": sae_type, "act_size": 8, "dict_size": 32, "top_k": 4, "device": "cpu"} | fields)
+    sae = SAE_TYPES[sae_type](cfg)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in sae.parameters():
+            parameter.copy_(torch.rand_like(parameter) - 0.3)
+    return sae.eval()
+
+
+def write_sweep(folder: Path, rows: list[tuple[Config, dict[str, float]]]) -> None:
+    for cfg, metrics in rows:
+        (folder / cfg.name).mkdir(parents=True)
+        (folder / cfg.name / "config.json").write_text(json.dumps(cfg.to_dict()))
+        row = {"step": 7, "tokens": 14336} | {f"eval/{name}": value for name, value in metrics.items()}
+        (folder / cfg.name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+
+@pytest.mark.parametrize("sae_type", SAE_TYPES)
+def test_pushed_then_loaded(hub: Hub, sae_type: str) -> None:
+    sae = make(sae_type)
+    url = push_to_hub(sae, "someone/saes")
+    assert url.endswith(f"/someone/saes/tree/main/{sae.cfg.name}")
+    assert hub.commits == 1  # nobody sees half of it
+    held = {"README.md"} | {
+        f"{sae.cfg.name}/{name}"
+        for name in ("README.md", "cfg.json", "sae_weights.safetensors", "counters.safetensors")
+    }
+    assert hub.repos["someone/saes"].keys() == held
+
+    loaded = load_pretrained(f"someone/saes:{sae.cfg.name}")
+    assert type(loaded) is type(sae) and loaded.cfg == sae.cfg
+    x = torch.randn(5, 8)
+    assert torch.equal(loaded.encode(x), sae.encode(x)) and torch.equal(loaded(x).sae_out, sae(x).sae_out)
+
+
+def test_a_second_sae_joins_the_first(hub: Hub) -> None:
+    first, second = make("topk"), make("vanilla")
+    push_to_hub(first, "someone/saes")
+    push_to_hub(second, "someone/saes", folder="others/second")
+    assert load_pretrained(f"someone/saes:{first.cfg.name}").cfg == first.cfg
+    assert load_pretrained("someone/saes:others/second").cfg == second.cfg
+    assert hub.repos["someone/saes"]["README.md"] == hub.repos["someone/saes"]["others/second/README.md"]
+
+
+def test_a_folder_of_another_library_at_the_root_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+    sae = make("topk")
+    save_checkpoint(sae, tmp_path / "sae")
+    cfg = json.loads((tmp_path / "sae/cfg.json").read_text())
+    del cfg["nn_decompositions"], cfg["sha256"]
+    weights = (tmp_path / "sae/sae_weights.safetensors").read_bytes()
+    hub.repos["someone/else"] = {"cfg.json": json.dumps(cfg).encode(), "sae_weights.safetensors": weights}
+    hub.repos["someone/else"]["large.bin"] = b"not asked for"
+    loaded = load_pretrained("someone/else")
+    x = torch.randn(5, 8)
+    assert torch.equal(loaded.encode(x), sae.encode(x))
+    assert not any("large.bin" in path for _, path, _ in hub.requests)
+
+
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        ("someone/none", "someone/none: cannot be loaded from the Hub"),
+        ("someone/saes", "holds no SAE"),
+        ("someone/saes:no/such", "holds no SAE"),
+        ("runs/tiny/none/step-000195", "no such folder"),
+        ("someone/saes:../../secrets", "no such folder"),
+        ("..:x", "no such folder"),
+    ],
+)
+def test_what_is_not_there(hub: Hub, source: str, says: str) -> None:
+    push_to_hub(make("topk"), "someone/saes")
+    with pytest.raises(ValueError, match=says) as caught:
+        load_pretrained(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_token_is_sent_and_never_shown(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+    sae = make("topk")
+    push_to_hub(sae, "someone/saes")
+    assert ("POST", "/api/repos/create", f"Bearer {TOKEN}") in hub.requests
+    shown = json.dumps({path: data.decode(errors="replace") for path, data in hub.repos["someone/saes"].items()})
+    for status in (401, 403, 404, 400):
+        hub.refuse = status  # and the answer repeats the token
+        for act in (lambda: push_to_hub(sae, "someone/saes"), lambda: load_pretrained("someone/more")):
+            with pytest.raises(ValueError) as caught:
+                act()
+            assert "\n" not in str(caught.value)
+            shown += "".join(traceback.format_exception(caught.value))
+    output = capfd.readouterr()
+    assert TOKEN not in shown + output.out + output.err
+    assert "<token>" in shown  # the refusals had it
+
+
+@pytest.mark.parametrize("repo_id, folder", [("saes", None), ("someone/saes/more", None), ("a/b", "../c"), ("a/b", "")])
+def test_names_that_are_none(hub: Hub, repo_id: str, folder: str | None) -> None:
+    with pytest.raises(ValueError, match="give a folder, or user/repo"):
+        push_to_hub(make("topk"), repo_id, folder=folder)
+    assert hub.requests == []
+
+
+def test_the_card_tells_metrics_and_pareto_front(tmp_path: Path) -> None:
+    sae = make("topk", top_k=4)
+    rows = {
+        sae.cfg: {"l0": 4.0, "explained_variance": 0.5, "ce_recovered": 0.75},
+        replace(sae.cfg, top_k=5): {"l0": 5.0, "explained_variance": 0.5, "ce_recovered": 0.875},  # beaten in one
+        replace(sae.cfg, top_k=3): {"l0": 3.0, "explained_variance": 0.25, "ce_recovered": 0.8125},  # beats ours in one
+        replace(sae.cfg, top_k=9): {},  # not evaluated yet
+    }
+    write_sweep(tmp_path, list(rows.items()))
+    df = load_results(tmp_path)
+    card = model_card(sae, "someone/saes", "a/folder", df)
+    lines = card.splitlines()
+    assert lines[0] == "---" and "library_name: saelens" in lines
+    assert 'sae = SAE.from_pretrained("someone/saes", "a/folder")' in lines
+    assert 'sae = load_pretrained("someone/saes:a/folder")' in lines
+    assert "| ce_recovered | 0.75 |" in lines
+    assert "It is on the Pareto front of L0 and explained variance." in card
+    assert "It is not on the Pareto front of L0 and CE recovered." in card
+    assert f"| **{sae.cfg.name}** | 4.0 | 0.5000 * | 0.7500 |" in lines
+    second, third, fourth = list(rows)[1:]
+    assert f"| {second.name} | 5.0 | 0.5000 | 0.8750 * |" in lines
+    assert f"| {third.name} | 3.0 | 0.2500 * | 0.8125 * |" in lines
+    assert f"| {fourth.name} | nan | nan | nan |" in lines
+    assert "| top_k | `4` |" in lines and "| hook" not in card
+    with pytest.raises(ValueError, match="sweep: has no SAE"):
+        model_card(make("vanilla"), "someone/saes", "a/folder", df)
+
+
+def test_the_card_goes_with_the_sae(hub: Hub, tmp_path: Path) -> None:
+    sae = make("jumprelu")
+    write_sweep(tmp_path / "sweep", [(sae.cfg, {"l0": 4.0, "explained_variance": 0.5, "ce_recovered": 0.75})])
+    push_to_hub(sae, "someone/saes", sweep=tmp_path / "sweep")
+    card = hub.repos["someone/saes"]["README.md"].decode()
+    assert card == model_card(sae, "someone/saes", sae.cfg.name, load_results(tmp_path / "sweep"))
