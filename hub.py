@@ -83,7 +83,7 @@ def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: pd.DataFr
         "---\nlibrary_name: saelens\ntags:\n- sparse-autoencoder\n- nn-decompositions\n---",
         f"# {cfg.name}",
         f"A {TYPES[cfg.sae_type][0]} sparse autoencoder: {cfg.dict_size} latents of the {cfg.act_size} activations at"
-        f" `{cfg.hook_point}` of `{cfg.model_name}`, trained with NN Decompositions.",
+        f" `{cfg.hook_point}` of `{cfg.model_name}`.",
         "## Load it",
         f'```python\nfrom sae_lens import SAE  # SAELens\n\nsae = SAE.from_pretrained("{repo_id}", "{folder}")\n```',
         "```python\nfrom pretrained import load_pretrained  # NN Decompositions\n\n"
@@ -91,8 +91,8 @@ def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: pd.DataFr
     ]
     if sweep is not None:
         rows = sweep[sweep["name"] == cfg.name]
-        if rows.empty:
-            raise ValueError(f"sweep: has no SAE {cfg.name}; give the folder of the run that trained it")
+        if rows.empty or sweep["run"].nunique() > 1:
+            raise ValueError(f"sweep: not that of {cfg.name}, or several; give the folder of the one that trained it")
         parts += ["## On held-out text", *_metrics_part(rows.iloc[0]), "## In its sweep", *_sweep_part(sweep, cfg.name)]
     fields = {name: value for name, value in cfg.to_dict().items() if name not in ("device", "output_dir")}
     parts += ["## Config", _markdown_table(["field", "value"], [[name, f"`{fields[name]}`"] for name in fields])]

@@ -301,13 +301,15 @@ def _checked(
     shapes |= {"jumprelu": {"threshold": (F,)}, "batchtopk": {"threshold": ()}}.get(sae_type, {})
     if tensors.keys() != shapes.keys():
         raise ValueError(f"{file}: holds {sorted(tensors)[:9]}; a {sae_type} SAE has {sorted(shapes)}")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS or tuple(tensor.shape) != shapes[name]:
-            says = f"{list(shapes[name])} of floating-point numbers"
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tensor.dtype not in FLOATS or tuple(tensor.shape) != shape:
+            says = f"{list(shape)} of floating-point numbers"
             raise ValueError(f"{file}: {name} is {list(tensor.shape)} of {tensor.dtype}, should be {says}")
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
         if tensor.numel() == 0 or not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{file}: {name} is empty or has numbers that are not finite; get the file again")
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     return tensors | {name: tensors[name].clamp_min(0) for name in tensors.keys() & {"threshold"}}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hub_server import Hub, standing_in
@@ -151,8 +152,9 @@ def test_the_card_tells_metrics_and_pareto_front(tmp_path: Path) -> None:
     assert f"| {third.name} | 3.0 | 0.2500 * | 0.8125 * |" in lines
     assert f"| {fourth.name} | nan | nan | nan |" in lines
     assert "| top_k | `4` |" in lines and "| hook" not in card
-    with pytest.raises(ValueError, match="sweep: has no SAE"):
-        model_card(make("vanilla"), "someone/saes", "a/folder", df)
+    for stranger, several in ((make("vanilla"), df), (sae, pd.concat([df, df.assign(run="another")]))):
+        with pytest.raises(ValueError, match=r"sweep: not that of .*, or several; give"):
+            model_card(stranger, "someone/saes", "a/folder", several)
 
 
 def test_the_card_goes_with_the_sae(hub: Hub, tmp_path: Path) -> None:

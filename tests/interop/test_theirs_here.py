@@ -122,7 +122,7 @@ def test_sae_lens_in_training(tmp_path: Path, architecture: str, norm: str, resc
 
 @pytest.mark.parametrize("architecture", ["gated", "transcoder", "skip_transcoder", "jumprelu_transcoder"])
 def test_sae_lens_refused_by_name(tmp_path: Path, architecture: str) -> None:
-    extra = {"d_out": D, "hook_name_out": "x"} if "transcoder" in architecture else {}
+    extra = {"d_out": D, "apply_b_dec_to_input": False} if "transcoder" in architecture else {}
     cfg = {"architecture": architecture, "d_in": D, "d_sae": F, "metadata": METADATA} | extra
     sae_lens.registry.get_sae_class(architecture)[0].from_dict(cfg).save_model(tmp_path)
     with pytest.raises(ValueError, match=f"architecture = '{architecture}'"):

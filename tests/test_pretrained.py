@@ -1,0 +1,394 @@
+"""The formats of other libraries, written here as they do and computed densely by their formulas; what is refused.
+
+tests/interop compares with the libraries themselves.
+"""
+
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from logs import load_checkpoint, save_checkpoint
+from pretrained import load_pretrained
+
+D, F, K = 12, 40, 5
+Tensors = dict[str, Tensor]
+METADATA = {"model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_out", "sae_lens_version": "6.0.0"}
+SAE_LENS = {"architecture": "jumprelu", "d_in": D, "d_sae": F, "dtype": "float32", "metadata": METADATA}
+SAE_LENS |= {"apply_b_dec_to_input": False, "normalize_activations": "none"}
+TRAINER = {"dict_class": "AutoEncoderTopK", "activation_dim": D, "dict_size": F, "k": K, "layer": 2, "lm_name": "gpt2"}
+SPARSIFY = {"activation": "topk", "expansion_factor": 32, "num_latents": F, "k": K, "d_in": D, "transcode": False}
+
+
+@pytest.fixture
+def params() -> Tensors:
+    torch.manual_seed(0)
+    return {
+        "W_enc": torch.randn(D, F) / 3, "b_enc": torch.randn(F) / 4, "W_dec": torch.randn(F, D) / 3,
+        "b_dec": torch.randn(D) / 2, "threshold": torch.rand(F) - 0.3,
+    }  # fmt: skip
+
+
+def write_sae_lens(folder: Path, params: Tensors, **changes: object) -> None:
+    (folder / "cfg.json").write_text(json.dumps(SAE_LENS | changes))
+    save_file(params, folder / "sae_weights.safetensors")
+
+
+def write_npz(folder: Path, params: Tensors) -> None:
+    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in params.items()})
+
+
+def write_ae(folder: Path, tensors: object, **changes: object) -> None:
+    (folder / "config.json").write_text(json.dumps({"trainer": TRAINER | changes}))
+    torch.save(tensors, folder / "ae.pt")
+
+
+def ae_tensors(params: Tensors) -> Tensors:
+    names = {
+        "encoder.weight": params["W_enc"].t(),
+        "encoder.bias": params["b_enc"],
+        "decoder.weight": params["W_dec"].t(),
+    }
+    return names | {"b_dec": params["b_dec"], "k": torch.tensor(K, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
+
+
+def write_sparsify(folder: Path, params: Tensors, **changes: object) -> None:
+    (folder / "cfg.json").write_text(json.dumps(SPARSIFY | changes))
+    tensors = {"encoder.weight": params["W_enc"].t(), "encoder.bias": params["b_enc"]}
+    tensors |= {name: params[name] for name in ("W_dec", "b_dec")}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "sae.safetensors")
+
+
+def jumps(x: Tensor, p: Tensors) -> Tensor:
+    """JumpReLU of all libraries: no b_dec taken from x, a ReLU beside the threshold."""
+    pre = x.double() @ p["W_enc"].double() + p["b_enc"].double()
+    return pre.relu() * (pre > p["threshold"].double())
+
+
+def largest(x: Tensor, p: Tensors) -> Tensor:
+    pre = ((x - p["b_dec"]).double() @ p["W_enc"].double() + p["b_enc"].double()).relu()
+    return pre * (pre >= pre.sort(dim=-1, descending=True).values[..., K - 1 : K])
+
+
+def assert_computes(sae: torch.nn.Module, rule: Callable[[Tensor, Tensors], Tensor], params: Tensors) -> None:
+    x = 2 * torch.randn(6, 5, D)
+    acts = rule(x, params)
+    assert 0 < (acts > 0).sum() < acts.numel()
+    decoded = acts @ params["W_dec"].double() + params["b_dec"].double()
+    for ours, theirs in ((sae.encode(x), acts), (sae.decode(acts.float()), decoded), (sae(x).sae_out, decoded)):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    assert not sae.training
+
+
+def test_sae_lens(tmp_path: Path, params: Tensors) -> None:
+    write_sae_lens(tmp_path, params)
+    sae = load_pretrained(tmp_path)
+    assert (sae.cfg.model_name, sae.cfg.hook_point) == ("gpt2", "blocks.3.hook_mlp_out")
+    assert (sae.cfg.act_size, sae.cfg.dict_size, sae.cfg.input_unit_norm) == (D, F, False)
+    assert_computes(sae, jumps, params)
+
+
+def test_sae_lens_before_version_6(tmp_path: Path, params: Tensors) -> None:
+    """One flat cfg.json, with TopK as an activation function, and a scaling factor of ones."""
+    cfg = {
+        "model_name": "gpt2-small", "hook_point": "blocks.3.attn.hook_z", "hook_point_head_index": None, "d_in": D,
+        "d_sae": F, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "normalize_activations": False,
+        "context_size": 128, "dataset_path": "Skylion007/openwebtext",
+    }  # fmt: skip
+    del params["threshold"]
+    save_file(params | {"scaling_factor": torch.ones(F)}, tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    sae = load_pretrained(tmp_path)
+    assert (sae.cfg.sae_type, sae.cfg.top_k, sae.cfg.site) == ("topk", K, "z")
+    assert_computes(sae, largest, params)
+    save_file(params | {"scaling_factor": torch.full((F,), 1.1)}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match="scaling_factor is not 1"):
+        load_pretrained(tmp_path)
+
+
+def test_sae_lens_scaled_inputs(tmp_path: Path, params: Tensors) -> None:
+    """s x is encoded, and what is decoded divided by s."""
+    write_sae_lens(tmp_path, params, normalize_activations="expected_average_only_in")
+    with pytest.raises(ValueError, match=r"expected_average_only_in', and activation_scaler.json holds no"):
+        load_pretrained(tmp_path)
+    (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 1.5}')
+    sae = load_pretrained(tmp_path)
+    scaled = params | {name: params[name] / 1.5 for name in ("W_dec", "b_dec")}
+    assert_computes(sae, lambda x, _: jumps(1.5 * x, params), scaled)
+
+
+def test_processed_models_are_warned_of(tmp_path: Path, params: Tensors) -> None:
+    metadata = METADATA | {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    write_sae_lens(tmp_path, params, metadata=metadata)
+    with pytest.warns(UserWarning, match="center_writing_weights.*raw weights"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "repo, folder, model_name, hook",
+    [
+        ("gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71", "google/gemma-2-2b", "blocks.20.hook_resid_post"),
+        ("gemma-scope-9b-it-mlp", "layer_9/width_16k/average_l0_1", "google/gemma-2-9b-it", "blocks.9.hook_mlp_out"),
+        ("gemma-scope-2b-pt-att", "layer_3/width_16k/average_l0_5", "google/gemma-2-2b", "blocks.3.attn.hook_z"),
+    ],
+)
+def test_gemma_scope(tmp_path: Path, params: Tensors, repo: str, folder: str, model_name: str, hook: str) -> None:
+    path = tmp_path / repo / folder
+    path.mkdir(parents=True)
+    write_npz(path, params)
+    sae = load_pretrained(path)
+    assert (sae.cfg.sae_type, sae.cfg.model_name, sae.cfg.hook_point) == ("jumprelu", model_name, hook)
+    assert_computes(sae, jumps, params)
+
+
+def test_what_the_files_do_not_say_is_asked_for(tmp_path: Path, params: Tensors) -> None:
+    write_npz(tmp_path, params)
+    with pytest.raises(ValueError, match=r"does not say its model_name; give load_pretrained\(..., model_name="):
+        load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not say its hook_name"):
+        load_pretrained(tmp_path, model_name="google/gemma-2-2b")
+    sae = load_pretrained(tmp_path, model_name="google/gemma-2-2b", hook_name="blocks.7.hook_resid_mid")
+    assert (sae.cfg.layer, sae.cfg.site) == (7, "resid_mid")
+
+
+def test_dictionary_learning(tmp_path: Path, params: Tensors) -> None:
+    write_ae(tmp_path, ae_tensors(params))
+    sae = load_pretrained(tmp_path)
+    assert (sae.cfg.sae_type, sae.cfg.hook_point) == ("topk", "blocks.2.hook_resid_post")
+    assert_computes(sae, largest, params)
+
+
+def test_dictionary_learning_jumprelu(tmp_path: Path, params: Tensors) -> None:
+    write_ae(tmp_path, params, dict_class="JumpReluAutoEncoder", submodule_name="mlp_out_layer_2")
+    sae = load_pretrained(tmp_path)
+    assert sae.cfg.hook_point == "blocks.2.hook_mlp_out"
+    assert_computes(sae, jumps, params)
+
+
+def test_sparsify(tmp_path: Path, params: Tensors) -> None:
+    folder = tmp_path / "gpt_neox.layers.7.attention"
+    folder.mkdir()
+    write_sparsify(folder, params)
+    (tmp_path / "config.json").write_text('{"model": "EleutherAI/pythia-160m"}')
+    sae = load_pretrained(folder)
+    assert (sae.cfg.model_name, sae.cfg.hook_point) == ("EleutherAI/pythia-160m", "blocks.7.hook_attn_out")
+    assert_computes(sae, largest, params)
+
+
+def test_what_was_loaded_is_saved_and_pushed_as_ours(tmp_path: Path, params: Tensors) -> None:
+    write_npz(tmp_path, params)
+    sae = load_pretrained(tmp_path, model_name="google/gemma-2-2b", hook_name="blocks.7.hook_resid_mid")
+    save_checkpoint(sae, tmp_path / "ours")
+    again = load_pretrained(tmp_path / "ours")
+    assert again.cfg == sae.cfg == load_checkpoint(tmp_path / "ours").cfg
+    x = torch.randn(7, D)
+    assert torch.equal(again(x).sae_out, sae(x).sae_out)
+
+
+# ---- refused ----
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"architecture": "gated"}, "architecture = 'gated': not opened here"),
+        ({"architecture": "matryoshka_batchtopk"}, "architecture = 'matryoshka_batchtopk'"),
+        ({"architecture": ["jumprelu"]}, "architecture = "),
+        ({"architecture": "transcoder"}, "architecture = 'transcoder'"),
+        ({"activation_fn": "tanh-relu"}, "activation_fn = 'tanh-relu'"),
+        ({"activation_fn": "topk", "activation_fn_kwargs": 3}, "a topk SAE has"),
+        ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations = 'constant_norm_rescale'"),
+        ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input = 'no'"),
+        ({"rescale_acts_by_decoder_norm": 1}, "rescale_acts_by_decoder_norm = 1"),
+        ({"hook_head_index": 3}, "hook_head_index = 3"),
+        ({"d_sae": F + 1}, r"W_enc is \[12, 40\] of torch.float32, should be \[12, 41\]"),
+        ({"d_in": "12"}, "W_enc is"),
+        (
+            {"metadata": METADATA | {"hook_name": "blocks.3.hook_mlp_in"}},
+            "no site of Config; give blocks.<layer>.hook_",
+        ),
+        ({"metadata": METADATA | {"hook_name": "hook_embed"}}, "hook_name = 'hook_embed': no site of Config"),
+        ({"metadata": METADATA | {"hook_name": 3}}, "does not say its hook_name"),
+        ({"metadata": METADATA | {"context_size": "x"}}, "seq_len = 'x': give int"),
+        ({"metadata": 3}, "does not say its model_name"),
+    ],
+)
+def test_refused_of_sae_lens(tmp_path: Path, params: Tensors, changes: dict, says: str) -> None:
+    write_sae_lens(tmp_path, params, **changes)
+    assert_refused(tmp_path, says)
+
+
+def assert_refused(folder: Path, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        load_pretrained(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700 + len(str(folder)) * 2
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"dict_class": "GatedAutoEncoder"}, "dict_class = 'GatedAutoEncoder': not opened here; can be 'AutoEncoder'"),
+        ({"dict_class": None}, "dict_class = None"),
+        ({"k": 2.5}, "top_k = 2.5: give int"),
+        ({"k": F + 1}, "top_k = 41: give at most dict_size, 40"),
+        ({"activation_dim": D - 1}, "should be"),
+        ({"submodule_name": "attention_layer_2"}, "does not say its hook_name"),
+        ({"layer": "2.x"}, "hook_name = 'blocks.2.x.hook_resid_post': no site"),
+    ],
+)
+def test_refused_of_dictionary_learning(tmp_path: Path, params: Tensors, changes: dict, says: str) -> None:
+    write_ae(tmp_path, ae_tensors(params), **changes)
+    assert_refused(tmp_path, says)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"transcode": True}, "transcode = True"),
+        ({"skip_connection": True}, "skip_connection = True"),
+        ({"multi_topk": True}, "multi_topk = True"),
+        ({"signed": True}, "signed = True"),
+        ({"activation": "groupmax"}, "activation = 'groupmax'"),
+        ({"num_latents": 0, "expansion_factor": 3}, "should be"),
+        ({"num_latents": 0, "expansion_factor": "3"}, "should be"),
+    ],
+)
+def test_refused_of_sparsify(tmp_path: Path, params: Tensors, changes: dict, says: str) -> None:
+    write_sparsify(tmp_path, params, **changes)
+    assert_refused(tmp_path, says)
+
+
+def test_gemma_scope_transcoders_are_refused(tmp_path: Path, params: Tensors) -> None:
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_3"
+    folder.mkdir(parents=True)
+    write_npz(folder, params)
+    assert_refused(folder, "a transcoder")
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    assert_refused(tmp_path, "holds no SAE")
+    (tmp_path / "cfg.json").write_text("{}")
+    assert_refused(tmp_path, "holds no SAE")
+
+
+# ---- forged ----
+
+
+class _Evil:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
+def test_nothing_is_unpickled(tmp_path: Path, params: Tensors) -> None:
+    evil, trace = _Evil(tmp_path / "trace"), tmp_path / "trace"
+    pickle.loads(pickle.dumps(evil))
+    trace.unlink()  # it works
+    write_ae(tmp_path, ae_tensors(params) | {"k": evil})
+    assert_refused(tmp_path, "ae.pt: not readable as tensors alone")
+    (tmp_path / "ae.pt").unlink()
+    objects = np.array([evil], dtype=object)
+    np.savez(tmp_path / "params.npz", allow_pickle=True, **{"W_enc": objects})
+    assert_refused(tmp_path, "params.npz: not readable as arrays of numbers")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("write", [write_sae_lens, write_npz, write_sparsify, lambda f, p: write_ae(f, ae_tensors(p))])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite(tmp_path: Path, params: Tensors, write: Callable[[Path, Tensors], None], bad: float) -> None:
+    params["W_dec"][3, 4] = bad
+    write(tmp_path, params)
+    assert_refused(tmp_path, "W_dec is empty or has numbers that are not finite")
+
+
+def test_not_finite_in_float32(tmp_path: Path, params: Tensors) -> None:
+    params["b_dec"] = torch.full((D,), 1e200, dtype=torch.float64)
+    write_sae_lens(tmp_path, params)
+    assert_refused(tmp_path, "b_dec is empty or has numbers that are not finite")
+
+
+@pytest.mark.parametrize("write", [write_sae_lens, write_npz])
+@pytest.mark.parametrize(
+    "name, tensor, says",
+    [
+        ("b_enc", torch.zeros(F + 1), "b_enc is"),
+        ("b_enc", torch.zeros(F, dtype=torch.int64), "b_enc is .* of torch.int64"),
+        ("W_dec", torch.zeros(D, F), "W_dec is"),
+        ("W_enc", torch.zeros(D, F, 1), "should be"),
+        ("W_skip", torch.zeros(D, D), "holds .*W_skip"),
+        ("threshold", None, "holds .*; a jumprelu SAE has"),
+    ],
+)
+def test_tensors_of_another_kind(
+    tmp_path: Path, params: Tensors, write: Callable[[Path, Tensors], None], name: str, tensor: Tensor | None, says: str
+) -> None:
+    params = {n: t for n, t in (params | {name: tensor}).items() if t is not None}
+    write(tmp_path, params)
+    assert_refused(tmp_path, says)
+
+
+@pytest.mark.parametrize("write", [write_sae_lens, write_npz, write_sparsify, lambda f, p: write_ae(f, ae_tensors(p))])
+def test_damaged_files(tmp_path: Path, params: Tensors, write: Callable[[Path, Tensors], None]) -> None:
+    write(tmp_path, params)
+    (weights,) = [path for path in tmp_path.iterdir() if path.suffix != ".json"]
+    whole = weights.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(40):  # cut, or overwritten at the beginning or the end, where the structure is
+        start = int(rng.integers(0, 200)) if rng.random() < 0.5 else len(whole) - int(rng.integers(1, 700))
+        damaged = whole[:start] + rng.bytes(8) + whole[start + 8 :] if rng.random() < 0.5 else whole[:start]
+        weights.write_bytes(damaged)
+        try:
+            load_pretrained(tmp_path, model_name="gpt2", hook_name="blocks.3.hook_mlp_out")
+        except ValueError as error:
+            assert "\n" not in str(error)
+
+
+def test_archives_that_unpack_to_more_than_they_are(tmp_path: Path, params: Tensors) -> None:
+    np.savez_compressed(tmp_path / "params.npz", W_enc=np.zeros((10_000, 1_000), dtype=np.float32))
+    assert_refused(tmp_path, "params.npz: compressed, or forged: 40,000,128 bytes")
+    (tmp_path / "params.npz").unlink()
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**7, 10**7)})
+    with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
+        archive.writestr("W_enc.npy", header.getvalue())
+    assert_refused(tmp_path, "params.npz: not readable as arrays")
+    (tmp_path / "params.npz").unlink()
+
+    repeated = torch.zeros(1).expand(10**6, 10**6)  # 4 bytes in the file
+    write_ae(tmp_path, ae_tensors(params) | {"encoder.weight": repeated})
+    assert_refused(tmp_path, "ae.pt: its tensors say that they are larger than the file")
+    write_ae(tmp_path, ae_tensors(params))
+    with zipfile.ZipFile(tmp_path / "ae.pt") as plain:
+        members = {info.filename: plain.read(info) for info in plain.infolist()}
+    with zipfile.ZipFile(tmp_path / "ae.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data + bytes(10**6))
+    assert_refused(tmp_path, "ae.pt: compressed, or forged")
+
+
+@pytest.mark.parametrize("held", [3, torch.zeros(3), [torch.zeros(3)], {3: torch.zeros(3)}, {"k": 3}])
+def test_what_torch_loads_but_is_no_state_dict(tmp_path: Path, held: object) -> None:
+    write_ae(tmp_path, held)
+    assert_refused(tmp_path, "ae.pt: holds more than named tensors")
+
+
+@pytest.mark.parametrize("cfg", ["[1]", "{", "[" * 100_000, '"x"', " " * 2**21])
+def test_configurations_that_are_none(tmp_path: Path, params: Tensors, cfg: str) -> None:
+    for write, name in ((write_sae_lens, "cfg.json"), (lambda f, p: write_ae(f, ae_tensors(p)), "config.json")):
+        folder = tmp_path / name
+        folder.mkdir()
+        write(folder, params)
+        (folder / name).write_text(cfg)
+        assert_refused(folder, f"{name}: (holds|not JSON|2,097,152 bytes)")
