@@ -68,7 +68,7 @@ def load_pretrained(
     Our own checkpoints come back in their class, numbers and Config, as from `load_checkpoint`. Of the others, Config
     has what their files say: the model, the hook, the sizes, k; the rest, of training, is our defaults.
     Raises ValueError, one line, when there is no SAE, it cannot be represented here, or its files are damaged or
-    forged: nothing but tensors is ever unpickled, and sizes, formats and finiteness are checked.
+    forged: no code in them is run, and sizes, formats and finiteness are checked.
     """
     folder = Path(source) if Path(source).is_dir() else download(str(source), FILES)
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -337,7 +337,7 @@ def _read_npz(file: Path) -> dict[str, Tensor]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except Exception as error:  # whatever numpy, which unpickles nothing here, stumbles over in a forged file
+    except Exception as error:  # whatever numpy, which runs no code of a forged file, stumbles over in it
         raise ValueError(f"{file}: not readable as arrays of numbers ({_one_line(error)})") from None
 
 
@@ -345,7 +345,7 @@ def _read_pt(file: Path) -> dict[str, Tensor]:
     _check_archive(file)
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch, which unpickles tensors alone here, stumbles over in a forged file
+    except Exception as error:  # whatever torch, which runs no code of a forged file, stumbles over in it
         raise ValueError(f"{file}: not readable as tensors alone ({_one_line(error)})") from None
     values = found.values() if isinstance(found, dict) else [found]
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.is_cpu for t in values)

@@ -416,7 +416,9 @@ def test_links_are_followed_as_caches_are_made_of_them(tmp_path: Path) -> None:
 
 def test_no_pickle_and_no_code_from_elsewhere() -> None:
     for file in Path(disk.__file__).parent.glob("*.py"):
-        found = re.findall(r"pickle|torch\.(?:load|save)\b|trust_remote_code=True|\beval\(|\bexec\(", file.read_text())
+        harmless = r"torch\.load\([^()]*, weights_only=True\)|, allow_pickle=False\)"
+        text = re.sub(harmless, "", file.read_text())
+        found = re.findall(r"pickle|torch\.(?:load|save)\b|trust_remote_code=True|\beval\(|\bexec\(", text)
         assert not [word for word in found if word != "eval("], file  # sae.eval()
 
 
