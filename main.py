@@ -189,8 +189,8 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
     print(f"checkpoints  {folder}/<name>/step-*  ({table['checkpoint'].notna().sum()})")
     if any(c.wandb_mode == "offline" for c in cfgs):
         print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
-    for figure in results.save_figures(table, folder):
-        print(f"plot         {figure}")
+    figures = results.save_figures(table, folder, results.load_history(folder), results.decoder_cosines(table))
+    print(f"figures      {folder}/*.png, *.pdf  ({', '.join(figure.stem for figure in figures[::2])})")
 
 
 def _train_group(

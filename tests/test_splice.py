@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import DynamicCache
 
 from activation_store import check_model, load_model, record
 from config import Config
@@ -233,6 +234,13 @@ def test_generated_text_is_spliced_with_and_without_a_cache(make: Callable, mode
         logits = by_hand(model, tokens, [sae], True, steer=30 * sae.W_dec[5])[0]
         tokens = torch.cat([tokens, logits[:, -1:].argmax(dim=-1)], dim=1)
     assert torch.equal(cached, tokens)
+
+
+def test_an_empty_cache_is_the_start_of_a_window(make: Callable, model: TransformerBridge, tokens: Tensor) -> None:
+    sae, text = make(), tokens[2:, 1:]  # no special token starts it
+    with splice(model, sae) as latents:
+        model.original_model(text, past_key_values=DynamicCache())
+    assert torch.equal(latents[PRE].any(dim=-1), torch.arange(11).expand(2, -1) > 0)
 
 
 def test_text_and_numbers_of_half_the_size(cfg: Config, make: Callable) -> None:
