@@ -31,7 +31,7 @@ DASHES = ("-", "--", ":", "-.")
 WIDTH = 7.5  # inches: two columns of a paper
 BINS = 40  # of cosines
 BINS_PER_DECADE = 5  # of densities: where they are a few counts, no bin is left empty between two
-LEGEND_LETTERS = 28  # that fit below a panel at 7 points
+LEGEND_LETTERS = 26  # that fit below a panel at 7 points
 TOLD_APART = {  # fields that a label names where SAEs of its type differ in them
     "run": "{}", "model_name": "{}", "layer": "layer {}", "site": "{}", "dict_size": "dict {}", "lr": "lr {:g}",
     "batch_size": "batch {}", "num_tokens": "{:g} tokens", "input_unit_norm": "norm {}", "seed": "seed {}",
@@ -113,9 +113,10 @@ def plot_training(df: pd.DataFrame, history: pd.DataFrame) -> Figure:
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
     loss.yaxis.set_minor_locator(NullLocator())
     loss.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    low, high = variance.get_ylim()
-    if low < 0 < high:
-        variance.set_ylim(bottom=0)
+    shown = [axes.dataLim for _, axes, _ in panels.values()]
+    lowest, highest = min(box.y0 for box in shown), max(box.y1 for box in shown)
+    if lowest < 0 < highest:
+        variance.set_ylim(0, 1.05 * highest)
     l0.set_yscale("log", base=2)
     l0.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return figure
@@ -240,7 +241,7 @@ def _panels(df: pd.DataFrame, y_labels: Sequence[str], x_label: str, labels: Seq
     entries: dict[str, list[Line2D]] = {sae_type: [] for sae_type in types}
     for sae_type, label, line in zip(df["sae_type"], labels, _lines(df)):
         entries[sae_type].append(Line2D([], [], label=label, **line))
-    legend_height = 0.14 * max(map(len, entries.values()))
+    legend_height = 0.05 + 0.15 * max(map(len, entries.values()))
     size = WIDTH * max(2, len(types)) / len(TYPES), height * len(y_labels) + 0.6 + legend_height
     figure = Figure(figsize=size, layout="constrained")
     letters = 7 * min(1, LEGEND_LETTERS / max(map(len, labels)))

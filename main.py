@@ -190,7 +190,8 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
     if any(c.wandb_mode == "offline" for c in cfgs):
         print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
     figures = results.save_figures(table, folder, results.load_history(folder), results.decoder_cosines(table))
-    print(f"figures      {folder}/*.png, *.pdf  ({', '.join(figure.stem for figure in figures[::2])})")
+    for figure in figures[::2]:
+        print(f"figure       {figure}, .pdf")
 
 
 def _train_group(
