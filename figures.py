@@ -30,7 +30,7 @@ MARKERS = "osD^vPX*"
 DASHES = ("-", "--", ":", "-.")
 WIDTH = 7.5  # inches: two columns of a paper
 BINS = 40  # of cosines
-BINS_PER_DECADE = 5  # of densities: where they are a few counts, no bin is left empty between two
+BINS_PER_DECADE = 3  # of densities: wider than a factor of 2, so that none is empty between once and twice
 LEGEND_LETTERS = 26  # that fit below a panel at 7 points
 TOLD_APART = {  # fields that a label names where SAEs of its type differ in them
     "run": "{}", "model_name": "{}", "layer": "layer {}", "site": "{}", "dict_size": "dict {}", "lr": "lr {:g}",

@@ -212,7 +212,7 @@ def test_density_counts_the_latents_of_each_decade() -> None:
     values, edges, _ = axes.patches[0].get_data()
     assert (edges[0], edges[-1], axes.get_xscale()) == (pytest.approx(1e-3), 1, "log")
     found = {round(math.log10(edges[i]), 1): values[i] for i in values.nonzero()[0]}
-    assert found == {-3.0: 0.3, -0.6: 0.4, -0.2: 0.1}
+    assert found == {-3.0: 0.3, -0.7: 0.4, -0.3: 0.1}
     assert legends(figure) == {"Vanilla": ["l1=0.005, 20% never"]}
     with pytest.raises(ValueError, match="no latent fires"):
         plot_density(frame(("vanilla", 2048, 20, 0.5, 0.6)), [np.zeros(4)])
@@ -275,6 +275,16 @@ def test_nothing_overlaps(count: int) -> None:
             assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
             assert not any(box.overlaps(axes.get_tightbbox()) for axes in panels(figure))
         assert all(axes.get_window_extent().width > 1.3 * figure.dpi for axes in panels(figure))
+
+
+def test_long_labels_leave_the_panels_wide() -> None:
+    df = many(12)
+    df["run"] = [f"a-sweep-with-a-name-20261124-0041{i}" for i in range(10, 22)]
+    figure = plot_cosines(df, [np.linspace(0.01, 0.9, 50)] * 12)
+    figure.draw_without_rendering()
+    boxes = [axes.get_legend().get_window_extent() for axes in figure.axes if not axes.axison]
+    assert not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
+    assert all(axes.get_window_extent().width > 1.3 * figure.dpi for axes in panels(figure))
 
 
 def test_saved_as_png_and_pdf(tmp_path: Path) -> None:
