@@ -263,8 +263,7 @@ def _panels(df: pd.DataFrame, y_labels: Sequence[str], x_label: str, labels: Seq
         below = figure.add_subplot(grid[-1, column])
         below.set_axis_off()
         layout = dict(handlelength=2, borderpad=0, labelspacing=0.3, borderaxespad=0)
-        legend = below.legend(handles=entries[sae_type], loc="upper center", fontsize=letters, frameon=False, **layout)
-        legend.set_in_layout(False)  # or long labels would make the panels narrow
+        below.legend(handles=entries[sae_type], loc="upper center", fontsize=letters, frameon=False, **layout)
     figure.align_ylabels()
     return Panels(figure, panels)
 
