@@ -1,18 +1,22 @@
 """Pure metric functions, and the language model spliced with an SAE. All on held-out text when `train` calls them."""
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 import ranks
 from activation_store import ordinary_positions, record
 from sae import BaseAutoencoder, SAEOutput
 
+if TYPE_CHECKING:  # it takes seconds, and results.py needs no model
+    from transformer_lens.model_bridge import TransformerBridge
+
 MAX_LOGITS = 1 << 26  # in one forward pass: 256 MB of float32
+COMPARED_ROWS = 512  # of a decoder at a time, with all others
 
 
 def l0_l1(out: SAEOutput) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -54,7 +58,7 @@ def cross_entropy(
 
 @torch.no_grad()
 def spliced_logits(
-    model: TransformerBridge,
+    model: "TransformerBridge",
     tokens: Int[Tensor, "window pos"],
     hook_name: str,
     replaced: Bool[Tensor, "window pos"],
@@ -74,7 +78,7 @@ def spliced_logits(
 
 @torch.no_grad()
 def evaluate(
-    model: TransformerBridge,
+    model: "TransformerBridge",
     saes: list[BaseAutoencoder],
     tokens: Int[Tensor, "window pos"],
     mean: Float[Tensor, "act_size"],
@@ -169,7 +173,53 @@ def evaluate(
     return results
 
 
-def _check(model: TransformerBridge, tokens: Tensor, mean: Tensor, act_size: int) -> None:
+@torch.no_grad()
+def feature_density(
+    sae: BaseAutoencoder, model: "TransformerBridge", tokens: Int[Tensor, "window pos"]
+) -> Float[Tensor, "dict_size"]:
+    """Share of the ordinary positions of `tokens` at which each latent fires, in evaluation; its sum is L0.
+
+    Raises: ValueError when the tokens do not fit the model or are special ones only.
+    """
+    _check_tokens(model, tokens)
+    device = sae.W_dec.device
+    fired, positions = torch.zeros(sae.cfg.dict_size, dtype=torch.int64, device=device), 0
+    for batch in _eval_batches(tokens.to(model.cfg.device), sae.cfg.dict_size):
+        ordinary = ordinary_positions(batch, model.tokenizer)
+        if not ordinary.any():
+            continue
+        x = record(model, batch, sae.cfg.hook_point)[ordinary].to(device)
+        fired += (sae.encode(x) > 0).sum(dim=0)
+        positions += len(x)
+    if positions == 0:
+        raise ValueError(f"tokens = {list(tokens.shape)}: special ones only; give text")
+    return fired / positions
+
+
+@torch.no_grad()
+def nearest_cosines(W_dec: Float[Tensor, "dict_size act_size"], at_most: int = 4096) -> Float[Tensor, "latents"]:
+    """Cosine of decoder rows with the row nearest to each, among all: of `at_most` rows, evenly spaced."""
+    rows = F.normalize(W_dec, dim=1)
+    chosen = (
+        torch.linspace(0, len(rows) - 1, min(at_most, len(rows)), dtype=torch.float64, device=rows.device)
+        .round()
+        .long()
+    )
+    nearest = []
+    for some in chosen.split(COMPARED_ROWS):
+        cosines = rows[some] @ rows.t()
+        cosines[torch.arange(len(some)), some] = -1  # itself
+        nearest.append(cosines.amax(dim=1))
+    return torch.cat(nearest)
+
+
+def _check(model: "TransformerBridge", tokens: Tensor, mean: Tensor, act_size: int) -> None:
+    _check_tokens(model, tokens)
+    if mean.shape != (act_size,) or not mean.isfinite().all():
+        raise ValueError(f"mean = {mean.dtype} {list(mean.shape)}: give {act_size} finite numbers, the store's mean")
+
+
+def _check_tokens(model: "TransformerBridge", tokens: Tensor) -> None:
     context, vocab = model.cfg.n_ctx, model.cfg.d_vocab
     if not (tokens.dtype == torch.int64 and tokens.ndim == 2 and len(tokens) and 2 <= tokens.shape[1] <= context):
         raise ValueError(
@@ -179,18 +229,17 @@ def _check(model: TransformerBridge, tokens: Tensor, mean: Tensor, act_size: int
     low, high = (int(token) for token in tokens.aminmax())
     if not 0 <= low <= high < vocab:
         raise ValueError(f"tokens = {low} to {high}: the model knows 0 to {vocab - 1}; use its own tokenizer")
-    if mean.shape != (act_size,) or not mean.isfinite().all():
-        raise ValueError(f"mean = {mean.dtype} {list(mean.shape)}: give {act_size} finite numbers, the store's mean")
 
 
 def _spliced_ce(
-    model: TransformerBridge, tokens: Tensor, hook_name: str, replaced: Tensor, replace: Callable[[Tensor], Tensor]
+    model: "TransformerBridge", tokens: Tensor, hook_name: str, replaced: Tensor, replace: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, ""]:
     return cross_entropy(spliced_logits(model, tokens, hook_name, replaced, replace), tokens, replaced)
 
 
-def _eval_batches(tokens: Int[Tensor, "window pos"], vocab: int) -> Iterator[Int[Tensor, "window pos"]]:
-    yield from tokens.split(max(1, MAX_LOGITS // (tokens.shape[1] * vocab)))
+def _eval_batches(tokens: Int[Tensor, "window pos"], width: int) -> Iterator[Int[Tensor, "window pos"]]:
+    """Windows for whose positions so many numbers each, logits or latents, are not too many."""
+    yield from tokens.split(max(1, MAX_LOGITS // (tokens.shape[1] * width)))
 
 
 def _add(sums: dict[str, Tensor], **terms: Tensor) -> None:

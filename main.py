@@ -189,8 +189,9 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
     print(f"checkpoints  {folder}/<name>/step-*  ({table['checkpoint'].notna().sum()})")
     if any(c.wandb_mode == "offline" for c in cfgs):
         print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
-    for figure in results.save_figures(table, folder):
-        print(f"plot         {figure}")
+    figures = results.save_figures(table, folder, results.load_history(folder), results.decoder_cosines(table))
+    for figure in figures[::2]:
+        print(f"figure       {figure}, .pdf")
 
 
 def _train_group(

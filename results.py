@@ -1,4 +1,4 @@
-"""Runs and checkpoints -> tables and Pareto plots.
+"""Runs and checkpoints -> tables, and what figures.py draws.
 
 python results.py runs/tiny-20261123-183000             prints the table, writes results.csv and the figures there
 python results.py wandb:entity/project --group NAME     the same from W&B, written into the current folder
@@ -8,31 +8,24 @@ import json
 import math
 import re
 import sys
-from itertools import cycle, zip_longest
+from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import tyro
 import wandb
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import StrMethodFormatter
+from jaxtyping import Float
 
-TYPES = {  # sae_type -> name, and colour (Okabe and Ito's, for colour-blind eyes); in the order of tables and legends
-    "vanilla": ("Vanilla", "#CC79A7"),
-    "topk": ("TopK", "#0072B2"),
-    "batchtopk": ("BatchTopK", "#D55E00"),
-    "jumprelu": ("JumpReLU", "#009E73"),
-}
+from figures import TYPES, plot_pareto, save_figures, setting
+
+__all__ = ["TYPES", "decoder_cosines", "format_table", "load_history", "load_results", "plot_pareto", "save_figures"]
+
 METRICS = (
     "l0", "l1", "mse", "explained_variance", "ce", "ce_clean", "ce_zero", "ce_mean", "ce_degradation", "ce_recovered",
     "ce_recovered_mean", "kl", "dead_share",
 )  # fmt: skip
 CHECKPOINT = re.compile("step-[0-9]{1,18}")
-MARKERS = "osD^vPX*"
-DASHES = ("-", "--", ":", "-.")
 
 
 def load_results(source: str | Path, *, group: str | None = None) -> pd.DataFrame:
@@ -63,21 +56,54 @@ def load_results(source: str | Path, *, group: str | None = None) -> pd.DataFram
     return df.sort_values(by, key=lambda c: c.map(rank) if c.name == "sae_type" else c, ignore_index=True)
 
 
+def load_history(folder: str | Path, *, group: str | None = None) -> pd.DataFrame:
+    """Every line of metrics of the SAEs in a folder: run and name as in `load_results`, then "step", "tokens",
+    "train/..." and "eval/...", NaN where a line does not have it.
+
+    Raises ValueError when there is no such folder, or a file in it is corrupt.
+    """
+    rows = [
+        {"run": run, "name": name} | row
+        for sae_folder, run, name in _sae_folders(Path(folder), group)
+        for row in _read_metrics(sae_folder / "metrics.jsonl")
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["run", "name", "step", "tokens"])
+
+
+def decoder_cosines(df: pd.DataFrame) -> list[Float[np.ndarray, "latents"] | None]:
+    """`evaluation.nearest_cosines` of each SAE's latest checkpoint; None where there is none.
+
+    Raises ValueError when a checkpoint is damaged.
+    """
+    from evaluation import nearest_cosines  # with torch, imported late: the table alone is there at once
+    from logs import load_checkpoint
+
+    return [path and nearest_cosines(load_checkpoint(path).W_dec).numpy() for path in df["checkpoint"]]
+
+
 def _local_rows(root: Path, group: str | None) -> list[dict]:
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder")
     rows = []
-    for folder in sorted(path.parent for path in root.rglob("metrics.jsonl")):
-        run, name = folder.resolve().parts[-2:]
-        if group is not None and run != group:
-            continue
+    for folder, run, name in _sae_folders(root, group):
         config = _parse((folder / "config.json").read_bytes(), f"{folder / 'config.json'}")
         if missing := {"sae_type", "dict_size", "top_k", "l1_coeff"} - config.keys():
             raise ValueError(f"{folder / 'config.json'}: no field {min(missing)!r}; it is not a Config")
         steps = {int(p.name[5:]): str(p) for p in folder.iterdir() if CHECKPOINT.fullmatch(p.name) and p.is_dir()}
         checkpoint = steps[max(steps)] if steps else None
-        rows.append(_row(run, name, config, _read_metrics(folder / "metrics.jsonl"), checkpoint))
+        last: dict[str, float] = {}  # of each key, as the summary of a W&B run has it
+        for row in _read_metrics(folder / "metrics.jsonl"):
+            last |= row
+        rows.append(_row(run, name, config, last, checkpoint))
     return rows
+
+
+def _sae_folders(root: Path, group: str | None) -> Iterator[tuple[Path, str, str]]:
+    """The folder of each SAE, the name of its sweep and its own."""
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    for folder in sorted(path.parent for path in root.rglob("metrics.jsonl")):
+        run, name = folder.resolve().parts[-2:]
+        if group in (None, run):
+            yield folder, run, name
 
 
 def _wandb_rows(project: str, group: str | None) -> list[dict]:
@@ -95,18 +121,17 @@ def _row(run: str, name: str, config: dict, last: dict, checkpoint: str | None) 
     return {"run": run, "name": name} | config | progress | missing | metrics | {"checkpoint": checkpoint}
 
 
-def _read_metrics(path: Path) -> dict[str, float]:
-    """The last value of each key, as the summary of a W&B run has it."""
+def _read_metrics(path: Path) -> list[dict[str, float]]:
     lines = path.read_bytes().splitlines()
     if lines and not lines[-1].endswith(b"}"):
         lines.pop()  # a killed process left it incomplete
-    last = {}
+    rows = []
     for number, line in enumerate(lines, start=1):
         row = _parse(line, f"{path}, line {number}")
         if wrong := [key for key, value in row.items() if not isinstance(value, int | float)]:
             raise ValueError(f"{path}, line {number}: {wrong[0]!r} is not a number")
-        last |= row
-    return last
+        rows.append(row)
+    return rows
 
 
 def _parse(text: bytes, place: str) -> dict:
@@ -129,9 +154,8 @@ def format_table(df: pd.DataFrame) -> str:
         return "\n\n".join(f"{run[:80]}\n{format_table(saes)}" for run, saes in df.groupby("run"))
     table = [("type", "dict", "setting", "L0", "expl. var.", "CE recovered", "dead %")]
     for sae in df.itertuples():
-        setting = f"k={sae.top_k}" if sae.sae_type in ("topk", "batchtopk") else f"l1={sae.l1_coeff:g}"
         numbers = (sae.l0, 1), (sae.explained_variance, 3), (sae.ce_recovered, 3), (100 * sae.dead_share, 1)
-        table.append((sae.sae_type, str(sae.dict_size), setting, *(_number(*number) for number in numbers)))
+        table.append((sae.sae_type, str(sae.dict_size), setting(sae), *(_number(*number) for number in numbers)))
     widths = [max(map(len, column)) for column in zip(*table)]
     row = "  ".join(f"{{:{align}{width}}}" for align, width in zip("<><>>>>", widths))
     return "\n".join(row.format(*cells) for cells in table)
@@ -143,81 +167,24 @@ def _number(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.1e}"
 
 
-def plot_pareto(df: pd.DataFrame) -> Figure:
-    """Explained variance, and the share of cross-entropy recovered, against L0; a line per type and dict_size.
-
-    Colours are types; markers and dashes are dict_sizes where there are several, the most frequent one solid.
-    A line joins all rows of its type and dict_size, so give SAEs that may be compared. SAEs without an evaluation, with
-    numbers that are not finite or with an L0 of 0 are left out. Raises ValueError when none remains.
-    """
-    panels = {"explained_variance": "Explained variance (share)", "ce_recovered": "CE recovered (share)"}
-    df = df[np.isfinite(df[["l0", *panels]]).all(axis=1) & (df["l0"] > 0)].sort_values("l0")
-    if df.empty:
-        raise ValueError("nothing to plot: no SAE has an evaluation with finite numbers and an L0 above 0")
-    widths = sorted(df["dict_size"].unique())
-    several = len(widths) > 1
-    markers = dict(zip(widths if several else TYPES, cycle(MARKERS)))
-    dashes = dict(zip(df["dict_size"].value_counts().index, cycle(DASHES)))
-    look = dict(linewidth=1.4, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
-
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
-    for axes, (metric, label) in zip(figure.subplots(1, 2), panels.items()):
-        for (sae_type, width), saes in df.groupby(["sae_type", "dict_size"]):
-            name, colour = TYPES[sae_type]
-            style = dict(color=colour, marker=markers[width if several else sae_type], linestyle=dashes[width])
-            axes.plot(saes["l0"], saes[metric], label=f"{name} {width}", **style, **look)
-        low, high = df["l0"].min(), df["l0"].max()
-        margin = max(1.2, 2 * math.sqrt(low / high))  # two octaves in sight at least, so two powers of 2
-        axes.set_xscale("log", base=2)
-        axes.set_xlim(low / margin, high * margin)
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.set_xlabel("L0 (latents active per token)", fontsize=9)
-        axes.set_ylabel(label, fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(color="0.9", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-
-    colours = [
-        Line2D([], [], label=name, color=colour, marker="" if several else markers[sae_type], **look)
-        for sae_type, (name, colour) in TYPES.items()
-        if sae_type in set(df["sae_type"])
-    ]
-    shapes = [
-        Line2D([], [], label=f"{width} latents", color="0.4", marker=markers[width], linestyle=dashes[width], **look)
-        for width in widths
-        if several
-    ]
-    rows = [row for row in (colours, shapes) if row]
-    blank = Line2D([], [], linestyle="", label=" ")
-    handles = [handle for column in zip_longest(*rows, fillvalue=blank) for handle in column]  # legends fill columns
-    layout = dict(ncols=max(map(len, rows)), handlelength=2.4, handletextpad=0.6, columnspacing=1.2)
-    figure.legend(handles=handles, loc="outside lower center", fontsize=8, frameon=False, **layout)
-    return figure
-
-
-def save_figures(df: pd.DataFrame, folder: str | Path) -> list[Path]:
-    """Write plot_pareto(df) as pareto.png and pareto.pdf into a folder that exists; returns the two paths."""
-    figure = plot_pareto(df)
-    paths = [Path(folder) / "pareto.png", Path(folder) / "pareto.pdf"]
-    with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType: many publishers refuse the default, Type 3
-        for path in paths:
-            figure.savefig(path, dpi=150)
-    return paths
-
-
 def main(source: str, /, group: str | None = None) -> None:
-    """Print the table of trained SAEs, and write it and the Pareto plots.
+    """Print the table of trained SAEs, and write it and the figures: Pareto fronts and, from a folder, training curves,
+    dead latents and decoder cosines.
 
     Args:
         source: Folder of one SAE, a sweep or many sweeps, or wandb:entity/project.
         group: Only the sweep of this name.
     """
     df = load_results(source, group=group)
-    print(format_table(df))
-    folder = Path.cwd() if source.startswith("wandb:") else Path(source)
+    print(format_table(df), flush=True)
+    if source.startswith("wandb:"):
+        folder = Path.cwd()
+        figures = save_figures(df, folder)
+    else:
+        folder = Path(source)
+        figures = save_figures(df, folder, load_history(folder, group=group), decoder_cosines(df))
     df.to_csv(folder / "results.csv", index=False)
-    figures = save_figures(df, folder)
-    print(f"\nresults.csv, {', '.join(path.name for path in figures)} written in {folder}")
+    print(f"\nwritten in {folder}: results.csv and, as .png and .pdf,\n{', '.join(path.stem for path in figures[::2])}")
 
 
 if __name__ == "__main__":

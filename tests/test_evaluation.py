@@ -16,7 +16,15 @@ from transformers import GPT2LMHeadModel
 import evaluation
 from activation_store import check_model, load_model, record
 from config import Config
-from evaluation import cross_entropy, evaluate, explained_variance, l0_l1, training_metrics
+from evaluation import (
+    cross_entropy,
+    evaluate,
+    explained_variance,
+    feature_density,
+    l0_l1,
+    nearest_cosines,
+    training_metrics,
+)
 from sae import SAE_TYPES, BaseAutoencoder, SAEOutput, build_sae
 from sparse import SparseLatents
 
@@ -254,6 +262,41 @@ def test_every_metric_agrees_with_the_hugging_face_model(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
+
+
+# ---- latents and directions ----
+
+
+@pytest.mark.parametrize("sae_type", list(SAE_TYPES))
+def test_density_is_the_share_of_ordinary_tokens(
+    monkeypatch: pytest.MonkeyPatch, cfg: Config, model: TransformerBridge, tokens: Tensor, sae_type: str
+) -> None:
+    sae = some_sae(Config(**cfg.to_dict() | {"sae_type": sae_type, "threshold_init": 0.1}), model, tokens).train()
+    latents = sae.encode(record(model, tokens, cfg.hook_point))
+    here = (tokens != EOS).nonzero().tolist()
+    expected = torch.tensor([sum(bool(latents[w, p, j] > 0) for w, p in here) / len(here) for j in range(64)])
+    assert expected.sum() > 0
+    for numbers in (evaluation.MAX_LOGITS, 2 * 24 * 64):
+        monkeypatch.setattr(evaluation, "MAX_LOGITS", numbers)
+        assert_close(feature_density(sae, model, tokens), expected)
+    with pytest.raises(ValueError, match="special ones only"):
+        feature_density(sae, model, torch.full((2, 5), EOS))
+    with pytest.raises(ValueError, match="use its own tokenizer"):
+        feature_density(sae, model, tokens + 10**6)
+
+
+def test_nearest_cosines_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    W_dec = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    W_dec[7] = 3 * W_dec[31]
+    expected = [
+        max(F.cosine_similarity(a, b, dim=0) for j, b in enumerate(W_dec) if j != i) for i, a in enumerate(W_dec)
+    ]
+    for rows in (512, 13):
+        monkeypatch.setattr(evaluation, "COMPARED_ROWS", rows)
+        found = nearest_cosines(W_dec)
+        assert_close(found, torch.stack(expected))
+    assert found[7] == found[31] == pytest.approx(1)
+    assert_close(nearest_cosines(W_dec, at_most=8), found[::7])  # 0, 7, ..., 49
 
 
 # ---- what evaluation must not do ----

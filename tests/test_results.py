@@ -12,11 +12,14 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import wandb
 
 import results
 from config import Config, SaeType
-from results import format_table, load_results, plot_pareto, save_figures
+from logs import save_checkpoint
+from results import decoder_cosines, format_table, load_history, load_results, plot_pareto
+from sae import build_sae
 
 RESULTS = Path(results.__file__)
 REAL_API = wandb.Api
@@ -291,101 +294,39 @@ def test_table_of_several_sweeps_names_each() -> None:
     ]
 
 
-# ---- plot_pareto ----
+# ---- for the figures ----
 
 
-def test_plot_has_a_sorted_line_per_type(tmp_path: Path) -> None:
-    figure = plot_pareto(load_results(twelve(tmp_path / "s")).iloc[::-1])
-    for axes, intercept in zip(figure.axes, (0.5, 0.6)):
-        lines = {line.get_label(): line for line in axes.lines}
-        assert sorted(lines) == ["BatchTopK 2048", "JumpReLU 2048", "TopK 2048", "Vanilla 2048"]
-        for name, offset in (("JumpReLU", 0), ("BatchTopK", 1), ("Vanilla", 2), ("TopK", 3)):
-            x, y = lines[f"{name} 2048"].get_data()
-            np.testing.assert_allclose(x, [16 + offset, 32 + offset, 64 + offset])
-            np.testing.assert_allclose(y, [intercept + 0.08, intercept + 0.16, intercept + 0.32])
+def test_history_has_every_line(tmp_path: Path) -> None:
+    lines = [{"step": 20, "tokens": 40_960, "train/loss": 0.5}, evaluation(30.0)]
+    write_sae(tmp_path / "s", Config(), *lines)
+    write_sae(tmp_path / "s", Config(seed=1))
+    write_sae(tmp_path / "t", Config(), *lines)
+    history = load_history(tmp_path, group="s")
+    assert list(history["run"]) == ["s", "s"] and list(history["name"]) == [Config().name] * 2
+    assert list(history["tokens"]) == [40_960, 999_424]
+    np.testing.assert_array_equal(history["train/loss"], [0.5, math.nan])
+    np.testing.assert_array_equal(history["eval/l0"], [math.nan, 30.0])
+    assert len(load_history(tmp_path)) == 4
+    assert load_history(tmp_path, group="none").empty
 
 
-def test_plot_colours_are_fixed_by_type() -> None:
-    both = plot_pareto(frame(("jumprelu", 512, 8.0, 0.5, 0.6), ("batchtopk", 512, 9.0, 0.5, 0.6)))
-    alone = plot_pareto(frame(("jumprelu", 2048, 8.0, 0.5, 0.6)))
-    colours = {line.get_label(): line.get_color() for line in both.axes[0].lines}
-    assert colours["JumpReLU 512"] == alone.axes[0].lines[0].get_color() != colours["BatchTopK 512"]
+def test_decoder_cosines_are_of_the_latest_checkpoints(tmp_path: Path) -> None:
+    cfg = Config(act_size=3, dict_size=4, top_k=1, device="cpu")
+    folder = write_sae(tmp_path / "s", cfg, evaluation(30.0))
+    write_sae(tmp_path / "s", Config(sae_type="vanilla"), evaluation(30.0))
+    for step, last in ((7, [0.0, 0, 1]), (12, [0.6, 0, 0.8])):
+        sae = build_sae(cfg)
+        sae.W_dec.data = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, -1, 0], last])
+        save_checkpoint(sae, folder / f"step-{step}")
+    none, cosines = decoder_cosines(load_results(tmp_path))
+    assert none is None
+    np.testing.assert_allclose(cosines, [0.6, 0, 0, 0.6], atol=1e-7)
 
 
-def test_plot_has_a_line_per_width_told_apart() -> None:
-    df = frame(
-        *(("topk", F, k, 0.5, 0.6) for F in (512, 2048, 12288) for k in (16.0, 32.0)), ("vanilla", 512, 9, 0.5, 0.6)
-    )
-    figure = plot_pareto(df)
-    lines = {line.get_label(): line for line in figure.axes[0].lines}
-    topk = [lines[f"TopK {F}"] for F in (512, 2048, 12288)]
-    assert all(len(line.get_xdata()) == 2 for line in topk)
-    assert len({line.get_marker() for line in topk}) == len({line.get_linestyle() for line in topk}) == 3
-    assert lines["Vanilla 512"].get_marker() == lines["TopK 512"].get_marker()
-    legend = {h.get_label(): h for h in figure.legends[0].legend_handles}
-    assert list(legend) == ["Vanilla", "512 latents", "TopK", "2048 latents", " ", "12288 latents"]
-    for F in (512, 2048, 12288):
-        assert legend[f"{F} latents"].get_marker() == lines[f"TopK {F}"].get_marker()
-        assert legend[f"{F} latents"].get_linestyle() == lines[f"TopK {F}"].get_linestyle()
-    assert legend["TopK"].get_color() == lines["TopK 512"].get_color()
-
-
-def test_plot_axes() -> None:
-    figure = plot_pareto(frame(("topk", 2048, 9.0, 0.5, 0.6), ("topk", 2048, 120.0, 0.9, 0.95)))
-    figure.draw_without_rendering()
-    for axes, y_label in zip(figure.axes, ("Explained variance (share)", "CE recovered (share)")):
-        assert axes.get_xlabel() == "L0 (latents active per token)"
-        assert axes.get_ylabel() == y_label
-        assert axes.get_xscale() == "log"
-        low, high = axes.get_xlim()
-        shown = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
-        assert shown == ["8", "16", "32", "64", "128"]
-
-
-@pytest.mark.parametrize("l0s", [(30.8,), (33.0, 36.0), (16.5, 31.0)])
-def test_plot_of_a_narrow_range_shows_two_ticks(l0s: tuple[float, ...]) -> None:
-    axes = plot_pareto(frame(*(("topk", 2048, l0, 0.5, 0.6) for l0 in l0s))).axes[0]
-    low, high = axes.get_xlim()
-    assert sum(low <= 2**i <= high for i in range(12)) >= 2
-    assert low < min(l0s) and max(l0s) < high
-
-
-def test_plot_leaves_out_what_has_no_place() -> None:
-    df = frame(
-        ("topk", 2048, 32.0, 0.8, 0.9),
-        ("topk", 2048, 16.0, math.nan, 0.9),
-        ("topk", 2048, 17.0, 0.8, -math.inf),
-        ("vanilla", 2048, 0.0, 0.0, 0.0),
-        ("jumprelu", 512, math.nan, math.nan, math.nan),
-    )
-    figure = plot_pareto(df)
-    for axes in figure.axes:
-        assert [list(line.get_xdata()) for line in axes.lines] == [[32.0]]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["TopK"]
-
-
-@pytest.mark.parametrize("widths", [(2048,), (3072, 6144, 12288, 24576), (1024, 2048, 4096, 8192, 16384, 32768)])
-def test_legend_lies_on_the_figure_and_off_the_panels(widths: tuple[int, ...]) -> None:
-    figure = plot_pareto(frame(*((t, F, k, 0.5, 0.6) for t in results.TYPES for F in widths for k in (16.0, 32.0))))
-    figure.draw_without_rendering()
-    legend = figure.legends[0].get_window_extent()
-    assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
-    assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1 and figure.bbox.y0 <= legend.y0
-
-
-def test_plot_leaves_pyplot_alone() -> None:
+def test_import_is_quick() -> None:
     code = "import sys, results; assert 'matplotlib.pyplot' not in sys.modules; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=RESULTS.parent, check=True)
-
-
-def test_save_figures(tmp_path: Path) -> None:
-    png, pdf = save_figures(frame(("topk", 2048, 32.0, 0.8, 0.9)), tmp_path)
-    assert (png, pdf) == (tmp_path / "pareto.png", tmp_path / "pareto.pdf")
-    header = png.read_bytes()[:24]
-    assert header.startswith(b"\x89PNG")
-    assert int.from_bytes(header[16:20], "big") == 7.5 * 150
-    assert pdf.read_bytes().startswith(b"%PDF")
-    assert b"/Type3" not in pdf.read_bytes()
 
 
 # ---- the command line ----
@@ -400,8 +341,12 @@ def test_command_line(tmp_path: Path) -> None:
     done = run_results(sweep, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert format_table(load_results(sweep)) in done.stdout
-    assert done.stdout.splitlines()[-1] == f"results.csv, pareto.png, pareto.pdf written in {sweep}"
-    assert all((sweep / name).stat().st_size > 0 for name in ("pareto.png", "pareto.pdf"))
+    assert done.stdout.splitlines()[-2:] == [
+        f"written in {sweep}: results.csv and, as .png and .pdf,",
+        "pareto, training, dead",
+    ]
+    for name in ("pareto", "training", "dead"):
+        assert all((sweep / f"{name}.{kind}").stat().st_size > 0 for kind in ("png", "pdf"))
     assert list(pd.read_csv(sweep / "results.csv")["l0"]) == list(load_results(sweep)["l0"])
 
 

@@ -1,0 +1,300 @@
+"""figures.py: what is drawn where; every number here was worked out on paper."""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from figures import (
+    TYPES,
+    plot_cosines,
+    plot_dead,
+    plot_density,
+    plot_pareto,
+    plot_training,
+    save_figure,
+    save_figures,
+)
+
+
+def frame(*saes: tuple[str, int, float, float, float]) -> pd.DataFrame:
+    """A table as load_results gives it, of (sae_type, dict_size, l0, explained_variance, ce_recovered)."""
+    df = pd.DataFrame(saes, columns=["sae_type", "dict_size", "l0", "explained_variance", "ce_recovered"])
+    names = [f"sae-{i}" for i in range(len(df))]
+    return df.assign(run="sweep", name=names, top_k=df["l0"], l1_coeff=0.1 / df["l0"], lr=1e-3, seed=0)
+
+
+def many(count: int) -> pd.DataFrame:
+    """Of four types, in turn, at several widths."""
+    kinds = itertools.product((16, 32, 64), (1024, 2048, 4096), TYPES)
+    df = frame(*((t, F, k, 0.5, 0.6) for k, F, t in itertools.islice(kinds, count)))
+    return df.sort_values("sae_type", key=lambda types: types.map(list(TYPES).index), ignore_index=True, kind="stable")
+
+
+def history_of(df: pd.DataFrame) -> pd.DataFrame:
+    """Two training lines of each SAE, then an evaluation; numbers differ between SAEs."""
+    rows = []
+    for i, name in enumerate(df["name"]):
+        for step in (1, 2):
+            metrics = dict(loss=0.5 / step + i, explained_variance=0.1 * step, l0=100 / step + i, dead_share=0.01 * i)
+            rows.append({"step": step, "tokens": 1000.0 * step} | {f"train/{m}": v for m, v in metrics.items()})
+        rows.append({"step": 2, "tokens": 2000.0, "eval/l0": 50.0 + i, "eval/explained_variance": 0.25})
+        for row in rows[-3:]:
+            row |= {"run": "sweep", "name": name}
+    return pd.DataFrame(rows)
+
+
+def panels(figure: Figure) -> list:
+    """Without those that hold legends."""
+    return [axes for axes in figure.axes if axes.axison]
+
+
+def legends(figure: Figure) -> dict[str, list[str]]:
+    """Labels below each type's panels."""
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    below = [axes.get_legend() for axes in figure.axes if not axes.axison]
+    return {title: [text.get_text() for text in legend.get_texts()] for title, legend in zip(titles, below)}
+
+
+# ---- plot_pareto ----
+
+
+def test_plot_has_a_sorted_line_per_type() -> None:
+    rows = [
+        (sae_type, 2048, k + i, 0.5 + k / 200, 0.6 + k / 200)
+        for i, sae_type in enumerate(("jumprelu", "batchtopk", "vanilla", "topk"))
+        for k in (32, 64, 16)
+    ]
+    figure = plot_pareto(frame(*rows))
+    for axes, intercept in zip(figure.axes, (0.5, 0.6)):
+        lines = {line.get_label(): line for line in axes.lines}
+        assert sorted(lines) == ["BatchTopK 2048", "JumpReLU 2048", "TopK 2048", "Vanilla 2048"]
+        for name, offset in (("JumpReLU", 0), ("BatchTopK", 1), ("Vanilla", 2), ("TopK", 3)):
+            x, y = lines[f"{name} 2048"].get_data()
+            np.testing.assert_allclose(x, [16 + offset, 32 + offset, 64 + offset])
+            np.testing.assert_allclose(y, [intercept + 0.08, intercept + 0.16, intercept + 0.32])
+
+
+def test_plot_colours_are_fixed_by_type() -> None:
+    both = plot_pareto(frame(("jumprelu", 512, 8.0, 0.5, 0.6), ("batchtopk", 512, 9.0, 0.5, 0.6)))
+    alone = plot_pareto(frame(("jumprelu", 2048, 8.0, 0.5, 0.6)))
+    colours = {line.get_label(): line.get_color() for line in both.axes[0].lines}
+    assert colours["JumpReLU 512"] == alone.axes[0].lines[0].get_color() != colours["BatchTopK 512"]
+
+
+def test_plot_has_a_line_per_width_told_apart() -> None:
+    df = frame(
+        *(("topk", F, k, 0.5, 0.6) for F in (512, 2048, 12288) for k in (16.0, 32.0)), ("vanilla", 512, 9, 0.5, 0.6)
+    )
+    figure = plot_pareto(df)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    topk = [lines[f"TopK {F}"] for F in (512, 2048, 12288)]
+    assert all(len(line.get_xdata()) == 2 for line in topk)
+    assert len({line.get_marker() for line in topk}) == len({line.get_linestyle() for line in topk}) == 3
+    assert lines["Vanilla 512"].get_marker() == lines["TopK 512"].get_marker()
+    legend = {h.get_label(): h for h in figure.legends[0].legend_handles}
+    assert list(legend) == ["Vanilla", "512 latents", "TopK", "2048 latents", " ", "12288 latents"]
+    for F in (512, 2048, 12288):
+        assert legend[f"{F} latents"].get_marker() == lines[f"TopK {F}"].get_marker()
+        assert legend[f"{F} latents"].get_linestyle() == lines[f"TopK {F}"].get_linestyle()
+    assert legend["TopK"].get_color() == lines["TopK 512"].get_color()
+
+
+def test_plot_axes() -> None:
+    figure = plot_pareto(frame(("topk", 2048, 9.0, 0.5, 0.6), ("topk", 2048, 120.0, 0.9, 0.95)))
+    figure.draw_without_rendering()
+    for axes, y_label in zip(figure.axes, ("Explained variance (share)", "CE recovered (share)")):
+        assert axes.get_xlabel() == "L0 (latents active per token)"
+        assert axes.get_ylabel() == y_label
+        assert axes.get_xscale() == "log"
+        low, high = axes.get_xlim()
+        shown = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        assert shown == ["8", "16", "32", "64", "128"]
+
+
+@pytest.mark.parametrize("l0s", [(30.8,), (33.0, 36.0), (16.5, 31.0)])
+def test_plot_of_a_narrow_range_shows_two_ticks(l0s: tuple[float, ...]) -> None:
+    axes = plot_pareto(frame(*(("topk", 2048, l0, 0.5, 0.6) for l0 in l0s))).axes[0]
+    low, high = axes.get_xlim()
+    assert sum(low <= 2**i <= high for i in range(12)) >= 2
+    assert low < min(l0s) and max(l0s) < high
+
+
+def test_plot_leaves_out_what_has_no_place() -> None:
+    df = frame(
+        ("topk", 2048, 32.0, 0.8, 0.9),
+        ("topk", 2048, 16.0, math.nan, 0.9),
+        ("topk", 2048, 17.0, 0.8, -math.inf),
+        ("vanilla", 2048, 0.0, 0.0, 0.0),
+        ("jumprelu", 512, math.nan, math.nan, math.nan),
+    )
+    figure = plot_pareto(df)
+    for axes in figure.axes:
+        assert [list(line.get_xdata()) for line in axes.lines] == [[32.0]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["TopK"]
+
+
+@pytest.mark.parametrize("widths", [(2048,), (3072, 6144, 12288, 24576), (1024, 2048, 4096, 8192, 16384, 32768)])
+def test_legend_lies_on_the_figure_and_off_the_panels(widths: tuple[int, ...]) -> None:
+    figure = plot_pareto(frame(*((t, F, k, 0.5, 0.6) for t in TYPES for F in widths for k in (16.0, 32.0))))
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1 and figure.bbox.y0 <= legend.y0
+
+
+def test_wandb_alone_gives_the_pareto_plot(tmp_path: Path) -> None:
+    png, pdf = save_figures(frame(("topk", 2048, 32.0, 0.8, 0.9)), tmp_path)
+    assert (png, pdf) == (tmp_path / "pareto.png", tmp_path / "pareto.pdf")
+
+
+# ---- over training ----
+
+
+def test_training_curves_are_lines_and_evaluations_dots() -> None:
+    df = frame(("topk", 2048, 16, 0.5, 0.6), ("topk", 2048, 32, 0.5, 0.6), ("jumprelu", 2048, 20, 0.5, 0.6))
+    figure = plot_training(df, history_of(df).sample(frac=1, random_state=0).sort_values("step"))
+    topk, jumprelu = panels(figure)[:3], panels(figure)[3:]
+    assert [axes.get_ylabel() for axes in topk] == ["Loss", "Expl. variance", "L0"]
+    loss = [line.get_xydata().tolist() for line in topk[0].lines]
+    assert loss == [[[1000, 0.5], [2000, 0.25]], [[1000, 1.5], [2000, 1.25]]]
+    assert jumprelu[0].lines[0].get_ydata().tolist() == [2.5, 2.25]
+    first, dot, *_ = topk[2].lines
+    assert (first.get_ydata().tolist(), dot.get_xydata().tolist()) == ([100, 50], [[2000, 50]])
+    assert (first.get_linestyle(), dot.get_linestyle(), dot.get_marker()) == ("-", "None", "o")
+    assert first.get_color() == dot.get_color() != topk[2].lines[2].get_color()
+    assert legends(figure) == {"TopK": ["k=16", "k=32"], "JumpReLU": ["l1=0.005"]}
+
+
+def test_a_run_too_short_to_log_has_dots() -> None:
+    df = frame(("topk", 2048, 16, 0.5, 0.6))
+    history = pd.DataFrame(
+        {"run": ["sweep"], "name": ["sae-0"], "tokens": [9], "eval/l0": [15.0], "eval/dead_share": 0.5}
+    )
+    assert panels(plot_training(df, history))[2].lines[0].get_xydata().tolist() == [[9, 15]]
+    assert panels(plot_dead(df, history))[0].lines[0].get_xydata().tolist() == [[9, 0.5]]
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_training(df, history.assign(name="another"))
+
+
+def test_explained_variance_below_zero_is_off_the_panel() -> None:
+    df = frame(("topk", 2048, 16, 0.5, 0.6))
+    history = history_of(df)
+    history.loc[0, "train/explained_variance"] = -40.0
+    variance = panels(plot_training(df, history))[1]
+    assert variance.get_ylim()[0] == 0 and 0.2 < variance.get_ylim()[1] < 1.5 * 0.25
+
+
+def test_all_that_died_is_in_sight() -> None:
+    df = many(12)
+    figure = plot_dead(df, history_of(df))
+    assert len(panels(figure)) == 4
+    for axes in panels(figure):
+        low, high = axes.get_ylim()
+        assert low < 0 and 0.11 < high < 0.12
+    alive = history_of(df).assign(**{"train/dead_share": 0.0})
+    assert 0.01 < panels(plot_dead(df, alive))[0].get_ylim()[1] < 0.011
+
+
+# ---- histograms ----
+
+
+def test_density_counts_the_latents_of_each_decade() -> None:
+    """Of 10: two never fire, three at 1.5e-3, four at 0.3, one always."""
+    densities = np.array([0, 0, *[1.5e-3] * 3, *[0.3] * 4, 1.0])
+    figure = plot_density(frame(("vanilla", 2048, 20, 0.5, 0.6)), [densities])
+    (axes,) = panels(figure)
+    values, edges, _ = axes.patches[0].get_data()
+    assert (edges[0], edges[-1], axes.get_xscale()) == (pytest.approx(1e-3), 1, "log")
+    found = {round(math.log10(edges[i]), 1): values[i] for i in values.nonzero()[0]}
+    assert found == {-3.0: 0.3, -0.7: 0.4, -0.3: 0.1}
+    assert legends(figure) == {"Vanilla": ["l1=0.005, 20% never"]}
+    with pytest.raises(ValueError, match="no latent fires"):
+        plot_density(frame(("vanilla", 2048, 20, 0.5, 0.6)), [np.zeros(4)])
+
+
+def test_cosines_lie_in_the_panel_of_their_type() -> None:
+    df = frame(("topk", 2048, 16, 0.5, 0.6), ("batchtopk", 2048, 16, 0.5, 0.6))
+    figure = plot_cosines(df, [np.array([0.51, 0.51, 0.26, 1.0]), np.array([-0.1, 0.9])])
+    left, right = panels(figure)
+    assert (left.get_title(), right.get_title()) == ("TopK", "BatchTopK")
+    for axes, expected in ((left, {0.51: 0.5, 0.26: 0.25, 1.0: 0.25}), (right, {-0.1: 0.5, 0.9: 0.5})):
+        values, edges, _ = axes.patches[0].get_data()
+        assert values.sum() == pytest.approx(1)
+        for cosine, share in expected.items():
+            bin_ = min(np.searchsorted(edges, cosine, side="right") - 1, len(values) - 1)
+            assert values[bin_] == share
+        assert axes.get_xlim() == (edges[0], edges[-1]) == (pytest.approx(-0.1), 1)
+
+
+# ---- the style ----
+
+
+def test_within_a_type_from_light_to_dark_and_dashed_by_width() -> None:
+    df = frame(*(("topk", F, k, 0.5, 0.6) for F in (512, 2048) for k in (16, 32, 64)), ("vanilla", 512, 9, 0.5, 0.6))
+    topk, vanilla = panels(plot_dead(df, history_of(df)))[::-1]
+    lines = topk.lines[::2] if topk.lines[1].get_linestyle() == "None" else topk.lines
+    brightness = [sum(to_rgb(line.get_color())) for line in lines]
+    assert len(lines) == 6 and brightness == sorted(brightness, reverse=True) and len(set(brightness)) == 6
+    assert [line.get_linestyle() for line in lines] == ["-"] * 3 + ["--"] * 3
+    assert to_rgb(vanilla.lines[0].get_color()) == to_rgb(TYPES["vanilla"][1])
+
+
+def test_labels_name_what_differs_within_a_type() -> None:
+    """The types have other learning rates here, and TopK two seeds."""
+    df = frame(*((t, 2048, 16, 0.5, 0.6) for t in ("topk", "topk", "vanilla")))
+    df["lr"], df["seed"] = [1e-3, 1e-3, 3e-3], [0, 1, 0]
+    assert legends(plot_dead(df, history_of(df))) == {
+        "TopK": ["k=16, seed 0", "k=16, seed 1"],
+        "Vanilla": ["l1=0.00625"],
+    }
+
+
+@pytest.mark.parametrize("count", [1, 12, 30])
+def test_nothing_overlaps(count: int) -> None:
+    """Legends lie on the figure, off the panels and off each other, and panels stay wide."""
+    df = many(count)
+    values = [np.linspace(0.01, 0.9, 50)] * count
+    for figure in (
+        plot_training(df, history_of(df)),
+        plot_dead(df, history_of(df)),
+        plot_cosines(df, values),
+        plot_density(df, values),
+    ):
+        figure.draw_without_rendering()
+        boxes = [axes.get_legend().get_window_extent() for axes in figure.axes if not axes.axison]
+        boxes += [legend.get_window_extent() for legend in figure.legends]
+        for box, other in itertools.combinations(boxes, 2):
+            assert not box.overlaps(other)
+        for box in boxes:
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
+            assert not any(box.overlaps(axes.get_tightbbox()) for axes in panels(figure))
+        assert all(axes.get_window_extent().width > 1.3 * figure.dpi for axes in panels(figure))
+
+
+def test_long_labels_leave_the_panels_wide() -> None:
+    df = many(12)
+    df["run"] = [f"a-sweep-with-a-name-20261124-0041{i}" for i in range(10, 22)]
+    figure = plot_cosines(df, [np.linspace(0.01, 0.9, 50)] * 12)
+    figure.draw_without_rendering()
+    boxes = [axes.get_legend().get_window_extent() for axes in figure.axes if not axes.axison]
+    assert not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
+    assert all(axes.get_window_extent().width > 1.3 * figure.dpi for axes in panels(figure))
+
+
+def test_saved_as_png_and_pdf(tmp_path: Path) -> None:
+    df = many(2)
+    cosines = [None, np.linspace(0, 1, 9)]
+    paths = save_figures(df, tmp_path, history_of(df), cosines)
+    names = ("pareto", "training", "dead", "cosines")
+    assert paths == [tmp_path / f"{name}.{kind}" for name in names for kind in ("png", "pdf")]
+    header = paths[0].read_bytes()[:24]
+    assert header.startswith(b"\x89PNG") and int.from_bytes(header[16:20], "big") == 7.5 * 150
+    for path in paths[1::2]:
+        assert path.read_bytes().startswith(b"%PDF") and b"/Type3" not in path.read_bytes()
+    assert save_figure(Figure(), str(tmp_path), "a") == [tmp_path / "a.png", tmp_path / "a.pdf"]

@@ -1,0 +1,47 @@
+"""The notebooks run from top to bottom, in a copy of the repository without runs, and are committed as executed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The modules, the embedded model and the notebooks."""
+    folder = tmp_path_factory.mktemp("repository")
+    for path in [*ROOT.glob("*.py"), ROOT / "assets"]:
+        (folder / path.name).symlink_to(path)
+    (folder / "notebooks").mkdir()
+    for path in NOTEBOOKS:
+        (folder / "notebooks" / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs_where_there_are_no_runs(copy: Path, notebook: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "--nbmake", "-q", "-p", "no:cacheprovider", f"notebooks/{notebook.name}"]
+    done = subprocess.run(command, cwd=copy, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert len(list(copy.glob("runs/brief/tiny-*/results.csv"))) == 1
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_committed_as_executed(notebook: Path) -> None:
+    text = notebook.read_text()
+    assert len(text) < 300_000
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"stream", "execute_result", "display_data"}
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    said = json.dumps(
+        [{k: v for k, v in o.get("data", {}).items() if k != "image/png"} | {"text": o.get("text")} for o in outputs]
+    )
+    assert not any(place in said for place in ("/home/", "/root/", "/tmp/", "/Users/", "site-packages", "C:\\"))
