@@ -344,7 +344,7 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // ranks.local_size()
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,8 +1,11 @@
 """Files and folders that are written whole or not at all, whoever is killed and whenever the power fails."""
 
 import errno
+import functools
+import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -18,10 +21,12 @@ from torch import Tensor
 
 REST, CRC = "rest.json", "crc32"  # tensors in a state's file: its JSON, and the checksum of all others
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What a killed process leaves is named .<name>.<role>-<process>-<number>. The number is there because a process in a
-# container can have the id of the one before the restart.
+# What a killed process leaves is named .<name>.<role>-<process>-<machine><number>. The number is there because a
+# process in a container can have the id of the one before the restart.
 _LEFT_OVER = re.compile(
-    r"\.(?P<name>.+)\.(?P<role>writing|replaced)-(?P<process>[1-9][0-9]{0,8})-(?P<number>[0-9a-f]{8})", re.DOTALL
+    r"\.(?P<name>.+)\.(?P<role>writing|replaced)-(?P<process>[1-9][0-9]{0,8})"
+    r"-(?P<machine>[0-9a-f]{8})(?P<number>[0-9a-f]{8})",
+    re.DOTALL,
 )
 _NUMBER = secrets.token_hex(4)
 
@@ -35,7 +40,8 @@ def write_durably(path: str | Path, data: bytes | Callable[[Path], object], size
     A file is replaced in one step. A folder takes two, as no file system puts one over another: the old one is moved to
     a hidden name, then the new one to `path`. Who reads between the two finds nothing at `path`; who is killed there
     has both of them whole, and the next write into the same parent moves the old one back. That write also removes
-    what else killed processes left. When it fails, `path` is as it was and nothing lies beside it.
+    what else killed processes of this machine left, and what those of others left of `path`: one writer has each path.
+    When it fails, `path` is as it was and nothing lies beside it.
 
     Raises OSError with the path, the bytes needed and those free, when the disk, a quota or a limit has no room.
     """
@@ -43,7 +49,7 @@ def write_durably(path: str | Path, data: bytes | Callable[[Path], object], size
     write = data if callable(data) else lambda file: file.write_bytes(data)
     size = size if callable(data) else len(data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
+    _sweep(path.parent, path.name)
     writing, replaced = (_hidden(path, role) for role in ("writing", "replaced"))
     try:
         write(writing)
@@ -130,15 +136,24 @@ def flush(path: Path) -> None:
 
 
 def _hidden(path: Path, role: str) -> Path:
-    return path.with_name(f".{path.name}.{role}-{os.getpid()}-{_NUMBER}")
+    return path.with_name(f".{path.name}.{role}-{os.getpid()}-{_machine()}{_NUMBER}")
 
 
-def _sweep(folder: Path) -> None:
-    """Put back or remove what killed processes left in the folder."""
-    found = [(match, folder / name) for name in os.listdir(folder) if (match := _LEFT_OVER.fullmatch(name))]
+@functools.cache
+def _machine() -> str:
+    """Of the machine, or the container, in which the ids of processes mean anything."""
+    boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    known = f"{boot.read_text()} {processes.stat().st_ino}" if boot.exists() else platform.node()
+    return hashlib.blake2b(known.encode(), digest_size=4).hexdigest()
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Put back or remove what killed processes left in the folder; of other machines, only what they left of `name`."""
+    found = [(match, folder / entry) for entry in os.listdir(folder) if (match := _LEFT_OVER.fullmatch(entry))]
     for match, left_over in found:
         process = int(match["process"])
-        if not _is_running(process) or (process == os.getpid() and match["number"] != _NUMBER):
+        is_gone = not _is_running(process) or (process == os.getpid() and match["number"] != _NUMBER)
+        if is_gone if match["machine"] == _machine() else match["name"] == name:
             if match["role"] == "replaced":
                 _put_back_or_remove(left_over, folder / match["name"])
             else:

@@ -47,8 +47,9 @@ ARCHITECTURES = {"vanilla": "standard", "topk": "topk", "batchtopk": "jumprelu",
 
 def begin_sweep(folder: Path, cfgs: list[Config]) -> None:
     """Make the folder of a sweep and write down its Configs and the number of processes, for who resumes it."""
-    sweep = {"processes": ranks.world_size(), "configs": [cfg.to_dict() for cfg in cfgs]}
-    write_durably(folder / SWEEP, json.dumps(sweep, indent=2).encode())
+    if ranks.world_rank() == 0:
+        sweep = {"processes": ranks.world_size(), "configs": [cfg.to_dict() for cfg in cfgs]}
+        write_durably(folder / SWEEP, json.dumps(sweep, indent=2).encode())
 
 
 def read_sweep(folder: Path) -> list[Config]:
@@ -133,7 +134,8 @@ class RunLog:
             run = None
             for mode in dict.fromkeys(["offline"] if offline else [cfg.wandb_mode, "offline"]):
                 if not id_file.exists():
-                    of_agent = os.environ.get("WANDB_RUN_ID") if len(cfgs) == 1 and not offline else None
+                    # The first SAE is the run that `wandb agent` asked for; what it asks for has one.
+                    of_agent = os.environ.pop("WANDB_RUN_ID", None) if ranks.world_rank() == 0 else None
                     write_durably(id_file, (of_agent or secrets.token_hex(8)).encode())
                 try:
                     run = wandb.init(
@@ -198,7 +200,7 @@ class RunLog:
     def _commit(self, state: dict[str, Any]) -> None:
         save_state(state, _resume_file(self.folder))
         others = [_share_file(self.folder, state.get("step", ""), rank) for rank in range(1, ranks.count())]
-        for file in self.folder.glob(_share_file(self.folder, "*", "*").name):
+        for file in self.folder.glob("*" + _share_file(self.folder, "*", "*").name + "*"):  # half-written ones too
             if file not in others:
                 file.unlink()
 

@@ -129,11 +129,14 @@ def check(cfgs: list[Config]) -> list[Config]:
         output = Path(cfg.output_dir).absolute()
         existing = next(path for path in (output, *output.parents) if path.exists())
         try:
-            tempfile.TemporaryFile(dir=existing).close()
+            with tempfile.NamedTemporaryFile(dir=existing) as file:
+                is_shared = not ranks.in_any(not os.path.exists(ranks.from_first(file.name)))
         except OSError as error:
             raise ValueError(
                 f"output_dir = {cfg.output_dir!r}: {existing} cannot be written to ({error.strerror}); give another"
             ) from None
+        if not is_shared:
+            raise ValueError(f"output_dir = {cfg.output_dir!r}: not the same on all machines; give one that all share")
 
     import datasets
 
@@ -168,12 +171,12 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
 
     disable_progress_bar()
     progress = load_progress(folder)
-    begun, stopped = progress["group"], None
+    begun, stopped, own = progress["group"], None, ranks.own(cfgs)
     try:
         for index, group in list(enumerate(groups.values()))[begun:]:
             state = progress if index == begun and "step" in progress else None
-            if own := ranks.own(group):
-                _train_group(own, index, folder, state, should_stop, lambda: begin_sweep(folder, cfgs))
+            if trained_here := [cfg for cfg in group if cfg in own]:
+                _train_group(trained_here, index, folder, state, should_stop, lambda: begin_sweep(folder, cfgs))
     except Stopped as error:
         stopped = error
     if ranks.finish(stopped is not None):
@@ -268,14 +271,14 @@ def main() -> None:
             cfgs = override(SWEEPS[options.sweep](), options)
             stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
             folder = Path(cfgs[0].output_dir) / f"{options.sweep}-{stamp}"
+        ranks.start(cfgs[0].share, cfgs[0].torch_device)
+        folder = Path(ranks.from_first(str(folder)))
         with StopAfterStep() as stop:
-            ranks.start(cfgs[0].share)
-            folder = Path(ranks.from_first(str(folder)))
             run(cfgs, folder, lambda: stop.asked)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
-        saved = isinstance(error, OSError) and folder is not None and (folder / "resume.safetensors").exists()
+        saved = isinstance(error, OSError) and folder is not None and any(folder.glob("resume*.safetensors"))
         hint = f"; {_how_to_go_on(folder)}" if saved else ""
         process = f"rank {ranks.world_rank()}: " if ranks.world_size() > 1 else ""
         print(f"main.py: {process}{' '.join(str(error).split())}{hint}", file=sys.stderr)

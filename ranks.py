@@ -23,11 +23,12 @@ from torch import Tensor
 Share = Literal["batches", "saes"]
 Item = TypeVar("Item")
 GONE = "another process of this run is gone; its own output, or its machine, says why"
+TO_JOIN = timedelta(minutes=5)
 PATIENCE = timedelta(days=30)  # in a collective: who is gone is noticed by the closing of its connection
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}  # seconds, seconds, tries: of a lost machine
 GRACE_SECONDS = 3
 
-_batches_are_shared = False
+_batches_are_shared, _at_the_end = False, False
 _connections: list[socket.socket] = []
 
 
@@ -37,6 +38,11 @@ def world_rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_size() -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def rank() -> int:
@@ -59,19 +65,26 @@ def own(items: list[Item]) -> list[Item]:
     return items if _batches_are_shared else items[world_rank() :: world_size()]
 
 
-def start(share: Share) -> None:
-    """Join the other processes of torchrun, each with a GPU of its own where there are any.
+def start(share: Share, device: torch.device) -> None:
+    """Join the other processes of torchrun, each with a GPU of its own where `device` is one.
 
-    Raises ValueError when the environment is not torchrun's, ConnectionError when the others cannot be reached.
+    Raises ValueError when the environment is not torchrun's or has more processes than GPUs, ConnectionError when the
+    others do not come.
     """
     global _batches_are_shared
     if world_size() == 1:
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    with _told("the processes of this run cannot reach each other; check torchrun's --rdzv-endpoint"):
-        store, rank, size = next(iter(dist.rendezvous("env://")))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo"
+    if device.type == "cuda":
+        gpu, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if gpu >= gpus:
+            raise ValueError(f"device = 'cuda': {gpus} GPUs for more processes; give torchrun --nproc-per-node {gpus}")
+        torch.cuda.set_device(gpu)
+        backend = "cpu:gloo,cuda:nccl"
+    with _told("not all processes of this run have come; see what the others say, and torchrun's --rdzv-endpoint"):
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=TO_JOIN)))
+        store.set(f"here {rank}", "")
+        store.wait([f"here {other}" for other in range(size)], TO_JOIN)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         _watch(store)
     _batches_are_shared = share == "batches"
@@ -90,14 +103,22 @@ def from_first(text: str) -> str:
     return bytes(data.tolist()).decode()
 
 
-def finish(stopped: bool) -> bool:
-    """Wait until all processes, of all teams, have come here; whether any of them was stopped before its end."""
-    flag = torch.tensor(stopped, dtype=torch.int32)
+def in_any(flag: bool) -> bool:
+    """Whether the flag is true in any process, of all teams. All wait here for each other."""
+    found = torch.tensor(flag, dtype=torch.int32)
     if world_size() > 1:
         with _told():
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        _part()
-    return bool(flag)
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def finish(stopped: bool) -> bool:
+    """All processes, of all teams, wait here for each other's end; whether any of them was stopped before."""
+    global _at_the_end
+    _at_the_end = True
+    any_stopped = in_any(stopped)
+    _part()
+    return any_stopped
 
 
 # ---- among the processes that share a batch ----
@@ -150,7 +171,7 @@ def _told(problem: str = GONE) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch has no narrower one
-        raise ConnectionError(f"{problem} ({error})") from None
+        raise ConnectionError(problem) from error
 
 
 def _watch(store: dist.Store) -> None:
@@ -160,11 +181,13 @@ def _watch(store: dist.Store) -> None:
     """
     if world_rank() == 0:
         with socket.create_server(("", 0), backlog=world_size()) as server:
+            server.settimeout(TO_JOIN.total_seconds())
             store.set("watch", str(server.getsockname()[1]))
             _connections.extend(server.accept()[0] for _ in range(world_size() - 1))
     else:
         _connections.append(socket.create_connection((os.environ["MASTER_ADDR"], int(store.get("watch")))))
     for connection in _connections:
+        connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in KEEPALIVE.items():
             if hasattr(socket, option):  # not all on macOS
@@ -176,9 +199,11 @@ def _end_with(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         if connection.recv(1):  # it parted
             return
-    if not _batches_are_shared:  # it needs no other: it saves what it has
+    if not _batches_are_shared:  # what it trains needs no other: it saves that first
+        print(f"rank {world_rank()}: {GONE}", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
-        return
+        while not _at_the_end:
+            time.sleep(0.1)
     time.sleep(GRACE_SECONDS)  # in which a collective fails, and the process ends as it should
     print(f"rank {world_rank()}: {GONE}", file=sys.stderr, flush=True)
     os._exit(2)

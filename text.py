@@ -307,7 +307,8 @@ class TextStream:
         from datasets.distributed import split_dataset_by_node
 
         documents = load_documents(dataset_path, dataset_name, held_out=False, seed=seed)
-        self._documents = split_dataset_by_node(documents, ranks.rank(), ranks.count())
+        strategy = "examples" if local_files(dataset_path) else "auto"  # a share of files, if few, could be very small
+        self._documents = split_dataset_by_node(documents, ranks.rank(), ranks.count(), strategy)
         self._packer = _Packer(tokenizer, seq_len)
         self._pool_size = max(1, MIXED_TOKENS // seq_len)
         self._begin(0 if position is None else position.epoch)
@@ -381,7 +382,7 @@ class TextStream:
             self._windows += len(windows)
             return
         if self._windows == 0:
-            share = f", in share {ranks.rank()} of {ranks.count()}" if ranks.count() > 1 else ""
+            share = f", in share {ranks.rank() + 1} of {ranks.count()}" if ranks.count() > 1 else ""
             raise ValueError(
                 f"dataset_path = {self._dataset_path!r}: no {self._packer.seq_len} tokens of training text{share}; give"
                 " more"

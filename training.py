@@ -332,7 +332,7 @@ def _speed(cfg: Config, saes: list[BaseAutoencoder], x: Tensor, steps: int, seco
             per_latent[dtype] = (time.perf_counter() - start) / 3 / latents
         floor += per_latent[dtype] * sae.cfg.dict_size * steps
     count = "1 SAE" if len(saes) == 1 else f"{len(saes)} SAEs"
-    floor /= len(_devices(cfg))
+    floor /= min(len(_devices(cfg)), len(saes))
     rate = steps * cfg.batch_size / seconds
     return f"{count}: {rate:,.0f} tokens/s; the floor of their steps is {floor / seconds:.0%} of the time"
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,11 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import activation_store
+import logs
+import main
 import ranks
 from activation_store import ActivationsStore, check_model, load_model
 from config import Config
 from disk import save_state
-from evaluation import evaluate
+from evaluation import evaluate, training_metrics
+from logs import RunLog
 from sae import SAE_TYPES
 from training import Trainer, train
 
@@ -34,7 +38,7 @@ def record(name: str, tensors: dict[str, Tensor]) -> None:
 
 def one_step() -> None:
     """The gradients of a step in which a third of the latents are dead, and what the step left, for each type."""
-    ranks.start("batches")
+    ranks.start("batches", torch.device("cpu"))
     x = activations(B)[ranks.rank() :: ranks.count()]
     for sae_type, sae_class in SAE_TYPES.items():
         sae = sae_class(Config(l1_coeff=0.1, bandwidth=0.3, threshold_init=0.1, input_unit_norm=False, **SMALL)).train()
@@ -52,12 +56,15 @@ def one_step() -> None:
         trainer.optimizer.step = stop
         out = trainer.step(x, 50)
         found |= {name: ranks.mean(term) for name, term in out.losses.items()} | dict(sae.state_dict())
+        metrics = training_metrics(sae, x, out)
+        found |= {name: torch.tensor(metrics[name]) for name in ("train/loss", "train/l0", "train/l1")}
+        found["smallest of the share"] = out.latents.values[out.latents.values > 0].min()
         record(f"one-step-{sae_type}", found)
 
 
 def fifty_steps() -> None:
     """Everything of each type after 50 steps on a model's activations, and the rows of the first batches."""
-    ranks.start("batches")
+    ranks.start("batches", torch.device("cpu"))
     cfg = check_model(
         Config(
             model_name="tiny-gpt2", dataset_path="animals.txt", layer=1, seq_len=32, model_batch_size=8,
@@ -81,7 +88,7 @@ def fifty_steps() -> None:
 
 def evaluated() -> None:
     """What each process measures on five windows, of which one has nothing but special tokens."""
-    ranks.start("batches")
+    ranks.start("batches", torch.device("cpu"))
     cfg = check_model(
         Config(
             model_name="tiny-gpt2", dataset_path="animals.txt", layer=1, seq_len=32, dict_size=F, top_k=4, device="cpu"
@@ -121,8 +128,48 @@ def reads_nan() -> None:
     activation_store.ActivationsStore.next_batch = poison
 
 
+def sees_another_disk() -> None:
+    if ranks.world_rank() == 1:
+        main.os.path.exists = lambda path: False
+
+
+def dies_once_saved() -> None:
+    save, commit = logs.save_state, RunLog._commit
+
+    def late(state: dict, path: Path) -> None:
+        if ranks.rank() == 1:
+            time.sleep(1)
+        save(state, path)
+
+    def last(log: RunLog, state: dict) -> None:
+        commit(log, state)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    logs.save_state, RunLog._commit = late, last
+
+
+# ---- who is gone ----
+
+
+def never_comes() -> None:
+    ranks.TO_JOIN = timedelta(seconds=3)
+    if ranks.world_rank() == 0:
+        ranks.start("batches", torch.device("cpu"))
+
+
+def dies_before_the_end() -> None:
+    ranks.start("saes", torch.device("cpu"))
+    if ranks.world_rank() == 0:
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # as main.py does
+        ranks.finish(False)
+    if ranks.world_rank() == 2:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
 def waits() -> None:
-    ranks.start("batches")
+    ranks.start("batches", torch.device("cpu"))
     if ranks.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
@@ -130,7 +177,7 @@ def waits() -> None:
 
 def one_has_more_to_do() -> None:
     """After the end, as the first process does, which alone makes the table."""
-    ranks.start("batches")
+    ranks.start("batches", torch.device("cpu"))
     assert not ranks.finish(False)
     if ranks.rank() == 0:
         time.sleep(ranks.GRACE_SECONDS + 1)

@@ -187,12 +187,21 @@ def test_what_living_processes_write_and_what_others_own_is_left_alone(tmp_path:
     gone = FORK.Process(target=int)
     gone.start()
     gone.join()
-    here, stale = os.getpid(), f"{gone.pid}-0123abcd"
+    machine, other = disk._machine(), "00000000"
+    here, stale = os.getpid(), f"{gone.pid}-{machine}0123abcd"
     kept = [
-        f".c.writing-{here}-{disk._NUMBER}", f".c.writing-{os.getppid()}-0123abcd", f".c.writing-{stale}.bak",
-        f".c.reading-{stale}", f"c.writing-{stale}", f".c.writing-0-{stale}", ".c.writing-99999999999-0123abcd",
+        f".c.writing-{here}-{machine}{disk._NUMBER}", f".c.writing-{os.getppid()}-{machine}0123abcd",
+        f".c.writing-{stale}.bak", f".c.writing-{gone.pid}-{other}0123abcd", f".c.replaced-{here}-{other}ffffffff",
+        f".c.reading-{stale}", f"c.writing-{stale}", f".c.writing-0-{stale}",
+        f".c.writing-99999999999-{machine}0123abcd",
     ]  # fmt: skip
-    swept = [f".c.writing-{stale}", f".c\nd.writing-{stale}", f".c.writing-{here}-ffffffff", f".kept.replaced-{stale}"]
+    swept = [
+        f".new.writing-{here}-{other}0123abcd",
+        f".c.writing-{stale}",
+        f".c\nd.writing-{stale}",
+        f".c.writing-{here}-{machine}ffffffff",
+        f".kept.replaced-{stale}",
+    ]
     for name in (*kept, *swept, f".lost.replaced-{stale}", "kept"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)

@@ -51,6 +51,8 @@ def test_a_step_is_that_of_one_process_on_the_whole_batch(
     first = load_file(one_step[processes] / f"one-step-{sae_type}-0.safetensors")
     assert first.keys() == alone.keys() and ("auxk" in first) == (sae_type == "topk")
     for name, expected in alone.items():
+        if name == "smallest of the share":
+            continue
         if not expected.is_floating_point():
             assert torch.equal(first[name], expected), name
             continue
@@ -58,6 +60,12 @@ def test_a_step_is_that_of_one_process_on_the_whole_batch(
         atol = 1e-6 * float(expected.abs().max()) if "gradient" in name or expected.ndim == 0 else 2e-4
         assert_close(first[name], expected, rtol=1e-5, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
     assert all(expected.abs().max() > 0 for name, expected in alone.items() if "gradient" in name)
+    others = [
+        load_file(one_step[processes] / f"one-step-{sae_type}-{rank}.safetensors") for rank in range(1, processes)
+    ]
+    for name in ("train/loss", "train/l0", "train/l1"):  # means over the batch, so of the whole
+        assert_close(first[name], alone[name], rtol=1e-5, atol=0)
+        assert all(torch.equal(first[name], other[name]) for other in others)
 
 
 def test_batchtopk_chooses_among_each_share_and_averages(one_step: dict[int, Path]) -> None:
@@ -67,7 +75,9 @@ def test_batchtopk_chooses_among_each_share_and_averages(one_step: dict[int, Pat
         found = [load_file(one_step[processes] / f"one-step-batchtopk-{rank}.safetensors") for rank in range(processes)]
         assert all(torch.equal(found[0]["threshold"], other["threshold"]) for other in found)
         assert int(found[0]["threshold_updates"]) == 1
-        assert_close(found[0]["threshold"], alone["threshold"], rtol=0.2, atol=0)
+        smallest = torch.stack([of_share["smallest of the share"] for of_share in found])
+        assert smallest.unique().numel() == processes
+        assert_close(found[0]["threshold"], smallest.mean(), rtol=1e-6, atol=0)
         assert float(found[0]["mse"]) == pytest.approx(float(alone["mse"]), rel=0.05)
 
 
@@ -139,7 +149,8 @@ def test_killed_at_random_moments_and_resumed_the_result_is_the_same_bit_for_bit
         if any(answer["rc"] == -signal.SIGKILL for answer in answers):
             left.pop()
             for answer in answers:
-                assert answer["rc"] == -signal.SIGKILL or (answer["rc"] == 2 and GONE in answer["err"]), answer["err"]
+                # The second may have ended: the first alone makes the table.
+                assert answer["rc"] in (-signal.SIGKILL, 0) or (answer["rc"] == 2 and GONE in answer["err"]), answer
         else:
             assert [answer["rc"] for answer in answers] == [0, 0], answers
             assert left_behind(sweep_folder(cwd)) == expected
@@ -160,8 +171,7 @@ def test_where_one_is_killed_the_others_end_and_say_so(
             continue
         assert answer["rc"] == 2 and "Traceback" not in answer["err"]
         (line,) = answer["err"].splitlines()
-        assert line.startswith(f"main.py: rank {rank}: {GONE} (")
-        assert line.endswith(f"; to go on: torchrun ... main.py --resume {folder}")
+        assert line == f"main.py: rank {rank}: {GONE}; to go on: torchrun ... main.py --resume {folder}"
         assert answer["seconds"] - answers[killed]["seconds"] < 30
 
 
@@ -170,6 +180,33 @@ def test_one_that_waits_for_its_device_is_ended_too(fork_all: ForkAll, place: Pl
     first, second = fork_all(job="waits", processes=2, cwd=place())
     assert (first["rc"], first["err"]) == (2, f"rank 0: {GONE}\n") and second["rc"] == -signal.SIGKILL
     assert first["seconds"] < 30
+
+
+def test_a_state_counts_only_when_all_have_written_their_part(
+    fork_all: ForkAll, place: Place, untroubled: tuple[dict, float]
+) -> None:
+    """The second is slow to write, and the first dies right after its own file is there."""
+    cwd = place()
+    first, second = fork_all(*SMALL, processes=2, cwd=cwd, before="dies_once_saved")
+    assert (first["rc"], second["rc"]) == (-signal.SIGKILL, 2)
+    folder = sweep_folder(cwd)
+    assert load_state(folder / "resume.safetensors")["step"] == 7
+    together(fork_all, "--resume", str(folder), processes=2, cwd=cwd)
+    assert left_behind(folder) == untroubled[0]
+
+
+def test_one_that_never_comes_is_not_waited_for_forever(fork_all: ForkAll, place: Place) -> None:
+    first, second = fork_all(job="never_comes", processes=2, cwd=place())
+    assert second["rc"] == 0 and first["rc"] == 70 and first["seconds"] < 20
+    assert "ConnectionError: not all processes of this run have come" in first["err"]
+
+
+def test_who_waits_for_the_others_at_the_end_notices_a_dead_one(fork_all: ForkAll, place: Place) -> None:
+    """Four that share SAEs: the first is at the end, and the third dies. The others save what they have and end."""
+    answers = fork_all(job="dies_before_the_end", processes=4, cwd=place())
+    assert [answer["rc"] for answer in answers] == [2, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM]
+    assert all(answer["seconds"] < 25 for answer in answers)
+    assert f"rank 0: {GONE}\n" in answers[0]["err"]
 
 
 def test_who_ended_as_it_should_is_not_missed(fork_all: ForkAll, place: Place) -> None:
@@ -257,6 +294,24 @@ def test_saes_shared_out_end_as_those_of_one_process(fork_all: ForkAll, place: P
     )
 
 
+def test_saes_of_many_streams_are_shared_out_too(fork_all: ForkAll, place: Place) -> None:
+    cwd = place()
+    args = [*SWEEP, "--sae-type=topk", "--share=saes", "--num-tokens=640"]  # seeds 0 and 1: two streams
+    together(fork_all, *args, processes=2, cwd=cwd)
+    assert sorted(path.name for path in sweep_folder(cwd).glob("resume*")) == [
+        "resume-team-1.safetensors",
+        "resume.safetensors",
+    ]
+    assert len(list(sweep_folder(cwd).glob("*/step-000010"))) == 2
+
+
+def test_a_disk_that_not_all_see_is_refused(fork_all: ForkAll, place: Place) -> None:
+    cwd = place()
+    for answer in fork_all(*SMALL, processes=2, cwd=cwd, before="sees_another_disk"):
+        assert answer["rc"] == 2 and "output_dir = 'runs': not the same on all machines; give one" in answer["err"]
+    assert not (cwd / "runs").exists()
+
+
 def test_where_one_is_killed_the_others_save_their_saes(fork_all: ForkAll, place: Place) -> None:
     cwd = place()
     kill = [["runs/*/*/step-000020", signal.SIGKILL, 1]]
@@ -264,7 +319,7 @@ def test_where_one_is_killed_the_others_save_their_saes(fork_all: ForkAll, place
     answers = fork_all(*args, processes=3, cwd=cwd, signals=kill)
     folder = sweep_folder(cwd)
     for rank, name in ((0, "resume.safetensors"), (2, "resume-team-2.safetensors")):
-        assert answers[rank]["rc"] == 2 and f"main.py: rank {rank}: {GONE} (" in answers[rank]["err"]
+        assert answers[rank]["rc"] == 2 and f"rank {rank}: {GONE}\n" in answers[rank]["err"]
         assert 0 < load_state(folder / name)["step"] < 750
 
 
