@@ -7,7 +7,7 @@ Nothing of [tokens, dict_size] is kept: what a latent costs does not grow with t
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
