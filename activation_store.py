@@ -168,6 +168,23 @@ def ordinary_positions(
     return ordinary
 
 
+def held_out_windows(
+    cfg: Config, tokenizer: PreTrainedTokenizerBase, count: int, choice: int
+) -> Int[Tensor, "window pos"]:
+    """`count` windows of the held-out text, the same ones whenever asked: a sample of the first `choice` times as many,
+    as one long document can be many windows in a row. Fewer where the text ends before.
+
+    Raises: ValueError when the held-out text does not fill one window, or cannot be read.
+    """
+    documents = text.load_documents(cfg.dataset_path, cfg.dataset_name, held_out=True)
+    first = list(islice(text.token_windows(documents, tokenizer, cfg.seq_len), choice * count))
+    if not first:
+        raise ValueError(
+            f"dataset_path = {cfg.dataset_path!r}: the held-out tenth has no {cfg.seq_len} tokens; give more"
+        )
+    return torch.stack(random.Random(0).sample(first, min(count, len(first))))
+
+
 @dataclass(frozen=True)
 class _Progress:
     """What a store has read."""
@@ -273,18 +290,8 @@ class ActivationsStore:
         return self._progress.tokens_seen
 
     def held_out_tokens(self) -> Int[Tensor, "window pos"]:
-        """cfg.eval_windows windows of the held-out text, the same ones whenever asked: a sample of the first
-        HELD_OUT_CHOICE times as many, as one long document can be many windows in a row.
-        """
-        cfg = self.cfg
-        documents = text.load_documents(cfg.dataset_path, cfg.dataset_name, held_out=True)
-        windows = text.token_windows(documents, self.model.tokenizer, cfg.seq_len)
-        first = list(islice(windows, HELD_OUT_CHOICE * cfg.eval_windows))
-        if not first:
-            raise ValueError(
-                f"dataset_path = {cfg.dataset_path!r}: the held-out tenth has no {cfg.seq_len} tokens; give more"
-            )
-        return torch.stack(random.Random(0).sample(first, min(cfg.eval_windows, len(first))))
+        """cfg.eval_windows windows of the held-out text; see `held_out_windows`."""
+        return held_out_windows(self.cfg, self.model.tokenizer, self.cfg.eval_windows, HELD_OUT_CHOICE)
 
     def _check_memory(self) -> None:
         """Refuse a buffer that does not fit, before the system kills the process for it."""

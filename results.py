@@ -1,7 +1,8 @@
-"""Runs and checkpoints -> tables, and what figures.py draws.
+"""Runs and checkpoints -> tables, feature dashboards, and what figures.py draws.
 
 python results.py runs/tiny-20261123-183000             prints the table, writes results.csv and the figures there
 python results.py wandb:entity/project --group NAME     the same from W&B, written into the current folder
+python results.py dashboard <checkpoint>                writes a page with the latents of an SAE
 """
 
 import json
@@ -10,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,7 +21,21 @@ from jaxtyping import Float
 
 from figures import TYPES, plot_pareto, save_figures, setting
 
-__all__ = ["TYPES", "decoder_cosines", "format_table", "load_history", "load_results", "plot_pareto", "save_figures"]
+__all__ = [
+    "TYPES",
+    "decoder_cosines",
+    "feature_dashboard",
+    "format_table",
+    "load_history",
+    "load_results",
+    "plot_pareto",
+    "save_figures",
+]
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from sae import BaseAutoencoder
 
 METRICS = (
     "l0", "l1", "mse", "explained_variance", "ce", "ce_clean", "ce_zero", "ce_mean", "ce_degradation", "ce_recovered",
@@ -167,9 +183,49 @@ def _number(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.1e}"
 
 
+def feature_dashboard(
+    sae: "BaseAutoencoder",
+    path: str | Path = "dashboard.html",
+    *,
+    model: "TransformerBridge | None" = None,
+    windows: int = 1024,
+) -> Path:
+    """Write one HTML file, which needs no network, with a table of the SAE's latents and what is known of each:
+
+    density, largest activation, histogram, the contexts that activate it most, contexts from each quarter of its
+    activations, the tokens it promotes and suppresses (`dashboard.direct_effects`) and the nearest decoder rows.
+
+    sae: of any type; only its evaluation counts. model: the language model of sae.cfg, loaded when not given.
+    windows: context windows of cfg.seq_len held-out tokens to read; special tokens are not read.
+    Returns the path. Raises ValueError when the model or the held-out text cannot be read.
+    """
+    from dashboard import write_dashboard  # which imports torch and the model's library: seconds, for a table
+
+    path = Path(path)
+    write_dashboard(sae, path, model, windows)
+    return path
+
+
+def dashboard(checkpoint: Path, /, windows: int = 1024, output: Path | None = None) -> None:
+    """Write one HTML file with the latents of an SAE: what activates each, and what it promotes.
+
+    Args:
+        checkpoint: Folder of a saved SAE, such as runs/<sweep>/<name>/step-000195.
+        windows: Context windows of held-out text to read.
+        output: The file; beside the checkpoint, and named as it is, when not given.
+    """
+    from config import Config
+    from logs import load_checkpoint
+
+    sae = load_checkpoint(checkpoint, Config().torch_device)
+    folder = checkpoint.resolve()
+    path = feature_dashboard(sae, output or folder.with_name(f"{folder.name}.html"), windows=windows)
+    print(f"{sae.cfg.dict_size:,} latents, {path.stat().st_size / 1e6:.1f} MB: {path}")
+
+
 def main(source: str, /, group: str | None = None) -> None:
     """Print the table of trained SAEs, and write it and the figures: Pareto fronts and, from a folder, training curves,
-    dead latents and decoder cosines.
+    dead latents and decoder cosines. (results.py dashboard --help: the latents of one.)
 
     Args:
         source: Folder of one SAE, a sweep or many sweeps, or wandb:entity/project.
@@ -189,7 +245,10 @@ def main(source: str, /, group: str | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(main)
+        if sys.argv[1:2] == ["dashboard"]:
+            tyro.cli(dashboard, args=sys.argv[2:], prog="results.py dashboard")
+        else:
+            tyro.cli(main)
     except (ValueError, OSError, wandb.Error) as error:
         print(f"results.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,560 @@
+"""dashboard.py against the dense activations and Hugging Face's weights, and its page in a headless Chromium."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import WebDriverWait
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.testing import assert_close
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import dashboard
+import results
+from activation_store import check_model, held_out_windows, load_model, ordinary_positions, record
+from config import Config
+from dashboard import BANDS, BINS, LEVELS, PER_BAND, SAMPLED, STRONGEST, direct_effects, latent_statistics
+from logs import save_checkpoint
+from sae import SAE_TYPES, BaseAutoencoder, build_sae
+
+HOSTILE = "</script><script>window.harmed=1</script><img src=x onerror=window.harmed=1><!--"
+WINDOWS = 60
+
+
+@pytest.fixture(scope="module")
+def cfg(tiny_gpt2: Path, tiny_text: Path) -> Config:
+    return check_model(
+        Config(
+            model_name=str(tiny_gpt2), dataset_path=str(tiny_text), layer=1, dict_size=48, top_k=6, seq_len=24,
+            model_batch_size=4, batch_size=256, device="cpu",
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(cfg: Config) -> TransformerBridge:
+    return load_model(cfg)
+
+
+@pytest.fixture(scope="module")
+def tokens(cfg: Config, model: TransformerBridge) -> Tensor:
+    """Held-out windows, EOS within some of them."""
+    tokens = held_out_windows(cfg, model.tokenizer, WINDOWS, choice=4)
+    tokens[::3, 9] = model.tokenizer.eos_token_id
+    return tokens
+
+
+def some_sae(cfg: Config, model: TransformerBridge, tokens: Tensor) -> BaseAutoencoder:
+    """Fires on a fraction of the tokens, the latents at different rates; latent 5 never does."""
+    sae = build_sae(cfg)
+    sae.initialise_from(record(model, tokens, cfg.hook_point).flatten(0, 1))
+    with torch.no_grad():
+        sae.b_enc.copy_(torch.linspace(-1.5, 0, cfg.dict_size) * sae.input_scale / 4)
+        sae.b_enc[5] = -1e4
+    if cfg.sae_type == "batchtopk":
+        sae.threshold.copy_(0.3 * sae.input_scale)
+    if cfg.sae_type == "jumprelu":
+        with torch.no_grad():
+            sae.threshold.copy_(torch.linspace(0, 0.4, cfg.dict_size) * sae.input_scale)
+    return sae
+
+
+# ---- what latents fire on ----
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
+@pytest.mark.parametrize("sae_type", list(SAE_TYPES))
+def test_statistics_are_those_of_the_dense_activations(
+    cfg: Config, model: TransformerBridge, tokens: Tensor, sae_type: str, unit_norm: bool
+) -> None:
+    sae = some_sae(replace(cfg, sae_type=sae_type, input_unit_norm=unit_norm), model, tokens).train()
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    found = latent_statistics(sae, model, tokens)
+    assert sae.training and all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+
+    ordinary = ordinary_positions(tokens, model.tokenizer)
+    dense = sae.encode(record(model, tokens, cfg.hook_point)).detach() * ordinary[..., None]  # [window, pos, dict_size]
+    flat = dense.flatten(0, 1)
+    fires = flat > 0
+    assert found.tokens == ordinary.sum() < tokens.numel() - len(tokens)
+    assert torch.equal(found.counts, fires.sum(dim=0)) and found.counts[5] == 0
+    assert (found.counts > 3 * SAMPLED).any() and (found.counts < len(flat) / 4).any()
+    assert_close(found.maxima, flat.amax(dim=0))
+    assert_close(found.means, flat.sum(dim=0) / fires.sum(dim=0).clamp_min(1))
+    for j in range(cfg.dict_size):
+        values = flat[fires[:, j], j]
+        if len(values):
+            edges = torch.linspace(0, 1, BINS + 1) * values.max()
+            expected = torch.histogram(values, bins=edges).hist.long()
+            assert (found.histograms[j] - expected).abs().sum() <= 2  # one value on an edge
+        assert found.histograms[j].sum() == len(values)
+
+        contexts, peaks = found.contexts[j], dense[..., j].amax(dim=1)
+        strongest = [c for c in contexts if c.band < 0]
+        assert len(strongest) == min(STRONGEST, int((peaks > 0).sum()))
+        found_peaks = torch.tensor([c.values[c.positions.index(c.peak)] for c in strongest])
+        assert_close(found_peaks, peaks.sort(descending=True).values[: len(strongest)])
+        assert len({c.window for c in contexts}) == len(contexts)
+        for c in contexts:
+            row = dense[c.window, :, j]
+            assert c.positions == row.nonzero().squeeze(1).tolist()
+            assert_close(torch.tensor(c.values), row[c.positions])
+            assert c.peak in c.positions and (c.band >= 0 or row[c.peak] == row.max())
+
+
+def test_lower_contexts_are_of_their_quantiles_and_differ_from_the_strongest(
+    cfg: Config, model: TransformerBridge, tokens: Tensor
+) -> None:
+    """Quantiles of a sample: against those of all activations they may be off by a few of its standard errors."""
+    sae = some_sae(replace(cfg, sae_type="vanilla"), model, tokens)
+    found = latent_statistics(sae, model, tokens)
+    dense = sae.encode(record(model, tokens, cfg.hook_point)) * ordinary_positions(tokens, model.tokenizer)[..., None]
+    bands_seen = set()
+    for j in (found.counts > 4 * SAMPLED).nonzero().flatten().tolist():
+        values = dense[..., j][dense[..., j] > 0]
+        for c in found.contexts[j]:
+            if c.band >= 0:
+                share = float((values < c.values[c.positions.index(c.peak)]).float().mean())
+                assert c.band / BANDS - 0.2 < share < (c.band + 1) / BANDS + 0.2
+                bands_seen.add(c.band)
+        sizes = [sum(c.band == band for c in found.contexts[j]) for band in range(BANDS)]
+        assert max(sizes) <= PER_BAND
+    assert bands_seen == set(range(BANDS))
+
+
+def test_the_sample_is_uniform() -> None:
+    """Of 1 to 1000, added in order, 64 are kept for each of 200 latents: on average 500.5, within 4 standard errors."""
+    rng = torch.Generator().manual_seed(0)
+    best = dashboard.Best(200, SAMPLED, torch.device("cpu"))
+    for start in range(1, 1001, 100):
+        places = torch.arange(start, start + 100).repeat(200)
+        found = dashboard.Activations(torch.arange(200).repeat_interleave(100), places, places.float())
+        best.add(found, torch.rand(len(places), generator=rng))
+    kept = best.entries()
+    assert torch.equal(kept.latents, torch.arange(200).repeat_interleave(SAMPLED))
+    assert all(len(set(places.tolist())) == SAMPLED for places in kept.places.view(200, SAMPLED))
+    assert abs(kept.values.mean() - 500.5) < 4 * 288.7 / (200 * SAMPLED) ** 0.5
+
+
+def test_what_is_kept_does_not_grow_with_the_text() -> None:
+    rng = torch.Generator().manual_seed(0)
+    best, scores = dashboard.Best(3, 5, torch.device("cpu")), []
+    for step in range(300):
+        latents = torch.randint(3, (40,), generator=rng)
+        values = torch.rand(40, generator=rng)
+        best.add(dashboard.Activations(latents, 40 * step + torch.arange(40), values), values)
+        assert len(best.scores) <= 15 and sum(len(s) for _, s in best.added) <= 15
+        scores.append((latents, values))
+    latents, values = (torch.cat(parts) for parts in zip(*scores))
+    for j in range(3):
+        kept = best.entries()
+        expected = values[latents == j].topk(5).values
+        assert torch.equal(kept.values[kept.latents == j], expected)
+        assert best.largest()[j] == expected[0]
+    assert torch.equal(values[kept.places], kept.values)
+
+
+def test_equal_activations_are_one_peak_of_a_window() -> None:
+    """Latent 1 fires at 2, 3, 3 in window 4, and at 1 in window 6; the first of the threes is the peak."""
+    found = dashboard.Activations(
+        torch.tensor([1, 0, 1, 1, 1]), torch.tensor([40, 41, 42, 45, 61]), torch.tensor([2.0, 5.0, 3.0, 3.0, 1.0])
+    )
+    peaks = dashboard.window_peaks(found, dict_size=2, pos=10)
+    assert list(zip(peaks.latents.tolist(), peaks.places.tolist())) == [(0, 41), (1, 42), (1, 61)]
+
+
+# ---- what latents do ----
+
+
+def test_direct_effects_are_the_formula_with_hugging_face_weights(
+    cfg: Config, model: TransformerBridge, tokens: Tensor, tiny_gpt2: Path
+) -> None:
+    """On a final norm whose scale and shift matter."""
+    hugging_face = GPT2LMHeadModel.from_pretrained(tiny_gpt2).eval()
+    scale = hugging_face.transformer.ln_f.weight
+    assert scale.std() > 0.05 and hugging_face.transformer.ln_f.bias.abs().max() > 0.05
+    sae = some_sae(cfg, model, tokens)
+    found = direct_effects(sae, model, count=7)
+    d = sae.W_dec.detach()
+    normed = (d - d.mean(dim=1, keepdim=True)) / d.std(dim=1, correction=0, keepdim=True) * scale
+    logits = (normed @ hugging_face.lm_head.weight.t()).detach()
+    logits -= logits.mean(dim=1, keepdim=True)
+    most, least = logits.sort(dim=1, descending=True), logits.sort(dim=1)
+    assert_close(found.promoted_logits, most.values[:, :7], rtol=1e-3, atol=1e-3)
+    assert_close(found.suppressed_logits, least.values[:, :7], rtol=1e-3, atol=1e-3)
+    assert_close(logits.gather(1, found.promoted), most.values[:, :7], rtol=1e-3, atol=1e-3)
+    assert_close(logits.gather(1, found.suppressed), least.values[:, :7], rtol=1e-3, atol=1e-3)
+
+
+def test_nearest_latents_are_those_of_the_largest_cosines(
+    cfg: Config, model: TransformerBridge, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "DENSE_NUMBERS", 10 * cfg.dict_size)  # ten rows at a time
+    sae = some_sae(cfg, model, tokens)
+    with torch.no_grad():
+        sae.W_dec[3] = 5 * sae.W_dec[7]
+    indices, cosines = dashboard.nearest_latents(sae, 4)
+    assert indices[3, 0] == 7 and indices[7, 0] == 3 and cosines[3, 0] == pytest.approx(1)
+    expected = torch.cosine_similarity(sae.W_dec[:, None], sae.W_dec[None], dim=-1).detach().fill_diagonal_(-2)
+    assert_close(cosines, expected.topk(4).values)
+    assert_close(expected.gather(1, indices), cosines)
+
+
+# ---- the page's data ----
+
+
+def read_page(path: Path) -> dict[str, Any]:
+    scripts = re.findall(r'<script type="application/json" id="([^"]+)">(.*?)</script>', path.read_text(), re.DOTALL)
+    return {name: json.loads(text) for name, text in scripts}
+
+
+@pytest.mark.parametrize(
+    ("sae_type", "site"), [*((t, "resid_pre") for t in SAE_TYPES), ("topk", "mlp_out"), ("topk", "z")]
+)
+def test_page_of_every_type_and_site(
+    cfg: Config, model: TransformerBridge, tokens: Tensor, tmp_path: Path, sae_type: str, site: str
+) -> None:
+    site_cfg = check_model(replace(cfg, sae_type=sae_type, site=site, act_size=None))
+    sae = some_sae(site_cfg, model, tokens)
+    path = results.feature_dashboard(sae, tmp_path / "page.html", model=model, windows=20)
+    page = read_page(path)
+    table, latents = page["table"], page["latents-0"]
+    assert len(table["counts"]) == len(latents) == cfg.dict_size
+    assert (
+        table["tokens"]
+        == ordinary_positions(
+            held_out_windows(cfg, model.tokenizer, 20, dashboard.WINDOW_CHOICE), model.tokenizer
+        ).sum()
+    )
+    assert (table["promoted"] is None) == (site == "z") == all("effects" not in latent for latent in latents)
+    fired = next(j for j, count in enumerate(table["counts"]) if count)
+    window, peak, band, *levels = latents[fired]["contexts"][0]
+    assert band == -1 and dict(zip(levels[::2], levels[1::2]))[peak] == LEVELS
+    assert table["ids"][page["windows"][window][0]] == model.tokenizer.eos_token_id
+    shown = "".join(table["strings"][i] for i in page["windows"][window])
+    assert shown == model.tokenizer.decode([table["ids"][i] for i in page["windows"][window]])
+
+
+def test_token_strings_keep_spaces_that_decoding_one_token_drops() -> None:
+    """As Llama's tokenizer has it: "▁the" alone decodes to "the"."""
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "▁", "▁a", "a", "▁the", "b"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert fast.decode([4]) == "the"
+    assert dashboard.token_strings(fast, [4, 5, 1]) == [" the", "b", " "]
+
+
+def test_windows_must_be_some(cfg: Config, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^windows = 0: give 1 or more$"):
+        results.feature_dashboard(build_sae(cfg), tmp_path / "page.html", windows=0)
+
+
+# ---- the command line ----
+
+
+def test_command_writes_beside_the_checkpoint(
+    cfg: Config, model: TransformerBridge, tokens: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(some_sae(cfg, model, tokens), tmp_path / "step-000007")
+    results.dashboard(tmp_path / "step-000007", windows=3)
+    page = tmp_path / "step-000007.html"
+    assert capsys.readouterr().out == f"48 latents, {page.stat().st_size / 1e6:.1f} MB: {page}\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000007", "step-000007.html"]
+
+
+def test_command_refuses_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, results.__file__, "dashboard", "gone"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("results.py: gone") and len(done.stderr.splitlines()) == 1
+
+
+# ---- in a browser ----
+
+
+@pytest.fixture(scope="module")
+def html(cfg: Config, model: TransformerBridge, tokens: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 latents; a data set's name and a token that would be code were they HTML, a token of control characters."""
+    cfg = replace(cfg, dict_size=300, sae_type="vanilla", dataset_path=HOSTILE)
+    sae = some_sae(cfg, model, tokens)
+    statistics = latent_statistics(sae, model, tokens)
+    effects = direct_effects(sae, model, 10)
+    ids = [int(effects.promoted[0, 0]), int(effects.promoted[0, 1])]
+    with pytest.MonkeyPatch.context() as patch:
+        plain = dashboard.token_strings
+
+        def strings(tokenizer: PreTrainedTokenizerFast, all_ids: list[int]) -> list[str]:
+            changed = dict(zip(ids, [HOSTILE, " a\n\t\0\u202eb"]))
+            return [changed.get(i, text) for i, text in zip(all_ids, plain(tokenizer, all_ids))]
+
+        patch.setattr(dashboard, "token_strings", strings)
+        text = dashboard.page(sae, model.tokenizer, tokens, statistics, effects, dashboard.nearest_latents(sae, 10))
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not (browser and driver):
+        reason = "no Chromium with its chromedriver: install Debian's chromium and chromium-driver"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+        "--disable-dev-shm-usage", f"--user-data-dir={profile}",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = webdriver.Chrome(options=options, service=Service(driver))
+    yield opened
+    opened.quit()
+
+
+Open = Callable[..., WebDriver]
+
+
+@pytest.fixture
+def visit(chromium: WebDriver, html: Path) -> Iterator[Open]:
+    """Opens the page at a size, and afterwards finds nothing logged to the console and nothing asked of a network."""
+
+    def visit(address: str = "", width: int = 1280, scheme: str = "light") -> WebDriver:
+        media = [{"name": "prefers-color-scheme", "value": scheme}]
+        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        chromium.get("about:blank")
+        chromium.get(html.as_uri() + address)
+        return chromium
+
+    chromium.get_log("performance")
+    yield visit
+    assert chromium.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert asked and all(url.startswith(("file:", "data:", "about:")) for url in asked)
+    assert chromium.execute_script("return window.harmed") is None
+
+
+def texts(page: WebDriver, selector: str) -> list[str]:
+    script = "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)"
+    return page.execute_script(script, selector)
+
+
+def latents_shown(page: WebDriver) -> list[int]:
+    return [int(text) for text in texts(page, "#rows a")]
+
+
+def press(page: WebDriver, *keys: str) -> None:
+    for key in keys:
+        page.switch_to.active_element.send_keys(key)
+
+
+def wait_for(page: WebDriver, opened: int | None) -> None:
+    heading = [] if opened is None else [f"Latent {opened}"]
+    WebDriverWait(page, 10).until(lambda _: texts(page, "#detail:not([hidden]) h2") == heading)
+
+
+def test_table_sorts_by_every_column(visit: Open, html: Path) -> None:
+    page, table = visit(), read_page(html)["table"]
+    by_number = list(range(300))
+    assert latents_shown(page)[:12] == by_number[:12]
+    assert len(latents_shown(page)) < 60  # the rows in sight alone
+    for key, values, down in [("density", table["counts"], True), ("max", table["maxima"], True)]:
+        head = page.find_element(By.CSS_SELECTOR, f"th[data-key={key}]")
+        for descending in (down, not down):
+            head.find_element(By.TAG_NAME, "button").click()
+            assert head.get_attribute("aria-sort") == ("descending" if descending else "ascending")
+            expected = sorted(by_number, key=lambda j: -values[j] if descending else values[j])
+            assert latents_shown(page)[:12] == expected[:12]
+        assert page.execute_script("return document.querySelectorAll('[aria-sort]').length") == 1
+    page.find_element(By.CSS_SELECTOR, "th[data-key=top] button").click()
+    page.find_element(By.CSS_SELECTOR, "th[data-key=top] button").click()
+    first = [table["strings"][tokens[0]].strip().lower() if tokens else "\uffff" for tokens in table["top"]]
+    assert latents_shown(page)[:30] == sorted(by_number, key=lambda j: first[j], reverse=True)[:30]
+
+
+def test_scrolling_draws_the_rows_in_sight(visit: Open) -> None:
+    page = visit()
+    page.execute_script("document.getElementById('scroll').scrollTop = 1e9")
+    WebDriverWait(page, 10).until(lambda _: latents_shown(page)[-1] == 299)
+    assert len(latents_shown(page)) < 60
+
+
+def test_search(visit: Open, html: Path) -> None:
+    page, table = visit(), read_page(html)["table"]
+    word = next(s for s in (table["strings"][tokens[0]] for tokens in table["top"] if tokens) if len(s.strip()) > 2)
+    query = word.strip().upper()
+    press_in = page.find_element(By.ID, "search")
+    press_in.send_keys(query)
+    expected = [
+        j for j in range(300)
+        if any(query.lower() in table["strings"][i].lower() for i in table["top"][j] + table["promoted"][j])
+    ]  # fmt: skip
+    assert latents_shown(page) == expected[: len(latents_shown(page))] and 0 < len(expected) < 300
+    assert texts(page, "#found") == [f"{len(expected)} of 300"]
+    press_in.send_keys(Keys.ESCAPE, "#17")
+    assert latents_shown(page) == [17]
+    press_in.send_keys(Keys.ESCAPE, "<b>nothing</b>")
+    assert latents_shown(page) == [] and "<b>nothing</b>" in texts(page, "#rows")[0]
+
+
+def test_a_latent_shows_all_that_is_known_of_it(visit: Open, html: Path) -> None:
+    data = read_page(html)
+    j = max(range(300), key=lambda j: len(data["latents-0"][j]["contexts"]) if j < 256 else 0)
+    latent, table, page = data["latents-0"][j], data["table"], visit(f"#latent-{j}")
+    wait_for(page, j)
+    assert page.execute_script("return document.activeElement.id") == "detail"
+    heights = page.execute_script(
+        "return [...document.querySelectorAll('.histogram rect:not(.hit)')].map((bar) => bar.getBBox().height)"
+    )
+    assert [height > 0 for height in heights] == [count > 0 for count in latent["histogram"]]
+    assert len(texts(page, ".context")) == len(latent["contexts"])
+    assert [text.split("the latent")[0].split("sampled")[0] for text in texts(page, ".contexts h3")] == [
+        "Strongest contexts", "Percentiles 75 to 100", "Percentiles 50 to 75", "Percentiles 25 to 50",
+        "Percentiles 0 to 25",
+    ]  # fmt: skip
+    assert len(texts(page, ".up li")) == len(texts(page, ".down li")) == len(texts(page, ".nearest li")) == 10
+    assert [int(text) for text in texts(page, ".nearest b")] == latent["nearest"][0]
+
+    first = page.find_element(By.CSS_SELECTOR, ".context")
+    window, peak, _, *levels = latent["contexts"][0]
+    first.click()
+    assert first.get_attribute("aria-expanded") == "true"
+    shades = page.execute_script(
+        "return [...document.querySelectorAll('.whole .token')].map((t) => Number(t.style.getPropertyValue('--share')))"
+    )
+    share = dict(zip(levels[::2], (level / LEVELS for level in levels[1::2])))
+    assert shades == pytest.approx([share.get(p, 0) for p in range(1, len(data["windows"][window]))], abs=1e-3)
+    backgrounds = page.execute_script(
+        "return [...document.querySelectorAll('.whole .token')].map((t) => getComputedStyle(t).backgroundColor)"
+    )
+    assert len(set(backgrounds)) == len({round(s, 3) for s in shades})
+
+    token = page.find_element(By.CSS_SELECTOR, ".whole .token.peak")
+    webdriver.ActionChains(page).move_to_element(token).perform()
+    told = page.find_element(By.ID, "tip").text
+    assert f"id {table['ids'][data['windows'][window][peak]]}" in told and "100% of max" in told
+    assert f"activation {table['maxima'][j]:.3g}"[:12] in told
+    first.click()
+    assert first.get_attribute("aria-expanded") == "false" and not texts(page, ".whole")
+
+
+def test_keyboard_alone(visit: Open) -> None:
+    page = visit()
+    press(page, "j", "j", Keys.ARROW_DOWN, "k")
+    assert page.switch_to.active_element.get_attribute("hash") == "#latent-2"
+    press(page, Keys.ENTER)
+    wait_for(page, 2)
+    assert page.execute_script("return document.activeElement.id") == "detail"
+    press(page, "j")
+    wait_for(page, 3)
+    assert page.current_url.endswith("#latent-3")
+    press(page, Keys.ESCAPE)
+    wait_for(page, None)
+    assert page.switch_to.active_element.get_attribute("hash") == "#latent-3"
+    press(page, "/")
+    assert page.switch_to.active_element.get_attribute("id") == "search"
+    press(page, "#28", Keys.ARROW_DOWN)
+    assert page.switch_to.active_element.get_attribute("hash") == "#latent-28"
+    outline = page.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    press(page, Keys.ENTER)
+    wait_for(page, 28)
+    page.back()
+    wait_for(page, None)
+    press(page, "/", Keys.ESCAPE, Keys.ESCAPE, Keys.END)
+    assert page.switch_to.active_element.get_attribute("hash") == "#latent-299"
+    press(page, Keys.HOME)
+    assert page.switch_to.active_element.get_attribute("hash") == "#latent-0"
+
+
+def test_a_latent_that_never_fired_and_one_that_is_not_there(visit: Open) -> None:
+    page = visit("#latent-5")
+    wait_for(page, 5)
+    assert "fired on none" in texts(page, "#detail .note")[0] and not texts(page, ".context")
+    page = visit("#latent-300")
+    wait_for(page, None)
+
+
+def test_text_never_becomes_html(visit: Open) -> None:
+    """Nor does a control character change how what follows it is written."""
+    page = visit("#latent-0")
+    wait_for(page, 0)
+    promoted = texts(page, ".up .token")
+    assert HOSTILE in [text.replace("·", " ") for text in promoted]
+    assert "·a↵⇥␀⟨202E⟩b" in promoted
+    assert any(HOSTILE in text for text in texts(page, "#facts dd"))
+    assert page.execute_script("return document.images.length") == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390, 360])
+def test_nothing_is_wider_than_the_screen(visit: Open, width: int, scheme: str) -> None:
+    for address in ("", "#latent-1"):
+        page = visit(address, width, scheme)
+        wait_for(page, 1 if address else None)
+        wider = page.execute_script(
+            "return [document.documentElement, ...document.querySelectorAll('#scroll, #detail:not([hidden])')]"
+            ".filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.id || e.tagName)"
+        )
+        assert wider == []
+    if width == 1280:
+        return
+    shown = page.execute_script("return document.elementFromPoint(20, 300).closest('#detail') !== null")
+    assert shown, "on a narrow screen a latent covers the table"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(visit: Open, scheme: str) -> None:
+    """WCAG's: at least 4.5 for text on the page and on the strongest shade."""
+    page = visit("#latent-0", scheme=scheme)
+    wait_for(page, 0)
+    measured = page.execute_script(
+        """
+        const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+        const over = (...colours) => {
+          for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+          return [...canvas.getImageData(0, 0, 1, 1).data];
+        };
+        const page = getComputedStyle(document.body).backgroundColor;
+        const names = [".token.peak", ".numbers dt", ".up .number", ".down .number", "#facts dt", ".value", ".chip i"];
+        return [...names, "h2"].map((name) => {
+          const style = getComputedStyle(document.querySelector(name));
+          return [name, over(page, style.color), over(page, style.backgroundColor)];
+        });
+        """
+    )
+
+    def luminance(colour: list[int]) -> float:
+        parts = [c / 255 for c in colour[:3]]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
+
+    for name, ink, ground in measured:
+        low, high = sorted((luminance(ink), luminance(ground)))
+        assert (high + 0.05) / (low + 0.05) > 4.5, name
+    dark = luminance(measured[-1][1]) > luminance(measured[-1][2])
+    assert dark == (scheme == "dark")
