@@ -6,6 +6,7 @@ Of ours it imports config alone, and no torch: --help and mistakes are answered 
 import argparse
 import contextlib
 import difflib
+import functools
 import itertools
 import json
 import textwrap
@@ -82,7 +83,8 @@ def parse(words: list[str]) -> Options:
     if unknown:
         options = [_option(name) for name in (*HINTS, "resume", "overrides", "dry_run")]
         near = _near(unknown[0].split("=")[0], options)
-        raise ValueError(f"{unknown[0]}: no such option; {near}python main.py --help lists them")
+        word = next(word for word in words if _dashed(word) == unknown[0])
+        raise ValueError(f"{word}: no such option; {near}python main.py --help lists them")
     given = {name: tuple(values) for name in HINTS if (values := getattr(known, name)) is not None}
     for name, values in given.items():
         if not values:
@@ -151,13 +153,13 @@ def read_overrides(file: Path) -> dict[str, tuple]:
     kind = "JSON" if file.suffix == ".json" else "YAML"
     try:
         pairs = _pairs_of_json(file.read_bytes()) if kind == "JSON" else _pairs_of_yaml(file.read_bytes())
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except Exception as error:  # of the parsers: PyYAML meets a wrong tag with any
         raise ValueError(f"--overrides: {file}: not {kind} ({error}); give lines such as top_k: [16, 32]") from None
     if pairs is None:
         raise ValueError(f"--overrides: {file}: no fields and values; give lines such as top_k: [16, 32]")
     given: dict[str, tuple] = {}
     for name, values in pairs:
-        if name not in HINTS:
+        if not isinstance(name, str) or name not in HINTS:
             near = _near(str(name), HINTS)
             raise ValueError(f"--overrides: {file}: {name!r} is no field of Config; {near}--help lists them")
         if name in given:
@@ -191,6 +193,7 @@ def override(cfgs: list[Config], given: dict[str, tuple]) -> list[Config]:
     return list({cfg.name: cfg for cfg in combined}.values())
 
 
+@functools.cache
 def _parser(sweep: str) -> _Parser:
     """The options, each with what the sweep has as its default."""
     parser = _Parser(
@@ -223,7 +226,7 @@ def _parser(sweep: str) -> _Parser:
             used = [cfg for cfg in cfgs if name not in NOT_USED_BY[cfg.sae_type]] or cfgs
             default = ", ".join(dict.fromkeys(str(getattr(cfg, name)) for cfg in used))
             text = f"{docs[name]} (default: {default})".replace("%", "%%")
-            group.add_argument(_option(name), nargs="*", action="extend", metavar=_metavar(name), help=text)
+            group.add_argument(_option(name), nargs="*", metavar=_metavar(name), help=text)
     return parser
 
 

@@ -26,9 +26,9 @@ from sae import BaseAutoencoder, build_sae
 from training import Trainer, floor_step, placements, synchronise
 
 WIDTH = 80
-REPEATS = 3
+REPEATS, SECONDS = 3, 3.0  # of each thing that is timed, unless all together take longer
 L0 = 64  # of Vanilla and JumpReLU where they are timed
-TIMED_PARAMETERS = 1 << 21  # in each of W_enc and W_dec of an SAE that is timed; what a larger one takes is calculated
+TIMED_PARAMETERS = 1 << 20  # in each of W_enc and W_dec of an SAE that is timed; what a larger one takes is calculated
 TIMED_LOGITS = 1 << 23  # enough to be as slow, each, as those of an evaluation: fresh memory costs a CPU more
 STEP_ROWS, DENSE_ROWS, EVAL_LOGITS = 16, 5, 10  # tensors alive at once: [batch, act_size], [batch, dict_size], logits
 
@@ -51,7 +51,10 @@ def describe(cfgs: list[Config]) -> Iterator[str]:
         yield ""
         yield f"{_saes(group)} on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations"
         if cfg.act_size is None:
-            yield _line("parameters", f"unknown: {cfg.model_name} is not on this disk; --act-size gives its width")
+            yield _line(
+                "parameters",
+                f"unknown: {cfg.model_name} is not on this disk; --act-size gives its width (names depend on it)",
+            )
         else:
             yield from _size(group, is_known[cfg.model_name])
     known = [group for group in groups.values() if group[0].act_size is not None]
@@ -66,7 +69,8 @@ def _configs(cfgs: list[Config]) -> Iterator[str]:
     shared = {f for f in fields if len({getattr(cfg, f) for cfg in cfgs}) == 1}
     for cfg in cfgs:
         yield cfg.name
-        yield _fields(cfg, [f for f in fields if f not in shared | NOT_USED_BY[cfg.sae_type]])
+        if own := [f for f in fields if f not in shared | NOT_USED_BY[cfg.sae_type]]:
+            yield _fields(cfg, own)
     unused = set.intersection(*(NOT_USED_BY[cfg.sae_type] for cfg in cfgs))
     yield f"\nin {'it' if len(cfgs) == 1 else 'each of them'}"
     yield _fields(cfgs[0], [f for f in fields if f in shared - unused])
@@ -86,9 +90,8 @@ def _size(cfgs: list[Config], is_known: bool) -> Iterator[str]:
     cfg, width = cfgs[0], cfgs[0].act_size
     each = [_parameters(c) for c in cfgs]
     low, high = min(each), max(each)
-    yield _line(
-        "parameters", f"{sum(each):,} in the SAEs, {f'{low:,}' if low == high else f'{low:,} to {high:,}'} in each"
-    )
+    of_each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    yield _line("parameters", f"{sum(each):,} in the SAEs, {of_each} in each")
     rows = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
     is_cpu = cfg.torch_device.type == "cpu"
     parts = {
@@ -107,16 +110,14 @@ def _size(cfgs: list[Config], is_known: bool) -> Iterator[str]:
         yield _line("", f"{model:,} in the language model")
         parts["language model"] = model * cfg.torch_dtype.itemsize
         vocab = hf.get_text_config().vocab_size
-        logits = min(MAX_LOGITS, cfg.eval_windows * cfg.seq_len * vocab) * 4
-    step = max(
-        4 * c.batch_size * (STEP_ROWS * width + DENSE_ROWS * c.dict_size * (c.sae_type in ("vanilla", "jumprelu")))
-        for c in cfgs
-    )
-    parts["a step's peak" if step > EVAL_LOGITS * logits else "an evaluation's peak"] = max(step, EVAL_LOGITS * logits)
+        logits = min(MAX_LOGITS, cfg.eval_windows * cfg.seq_len * vocab)
+    widths = [STEP_ROWS * width + DENSE_ROWS * c.dict_size * (c.sae_type in ("vanilla", "jumprelu")) for c in cfgs]
+    step, evaluation = 4 * cfg.batch_size * max(widths), 4 * EVAL_LOGITS * logits
+    parts["a step's peak" if step > evaluation else "an evaluation's peak"] = max(step, evaluation)
     beside = "" if is_known else ", and the language model"
-    yield _line("memory", f"{sum(parts.values()) / 1e9:.2f} GB on {cfg.torch_device}, beside the libraries{beside}")
+    yield _line("memory", f"{_bytes(sum(parts.values()))} on {cfg.torch_device}, beside the libraries{beside}")
     for name, size in parts.items():
-        yield f"{size / 1e9:17.2f} GB  {name}"
+        yield f"{_bytes(size):>20}  {name}"
 
 
 def _parameters(cfg: Config) -> int:
@@ -131,25 +132,30 @@ def _time(groups: list[list[Config]]) -> Iterator[str]:
     trainers = {cfg: _trainer(cfg) for cfg in timed.values()}
     seconds = _step_seconds(trainers)
     total = {"steps of the SAEs": 0.0, "the language model": 0.0, "evaluations": 0.0}
+    passes: dict[tuple, tuple[float, float]] = {}
     unknown = set()
     for group in groups:
         cfg, count = group[0], len(group)
         for c in group:
-            more = c.dict_size - timed[c].dict_size
-            step = seconds[timed[c]] + (more * _seconds_per_latent(timed[c]) if more else 0)
-            total["steps of the SAEs"] += c.num_steps * step / len(placements(cfg))
+            step = seconds[timed[c]]
+            if more := c.dict_size - timed[c].dict_size:
+                step += more * _seconds_per_latent(c.act_size, c.batch_size, c.product_dtype, placements(c)[0])
+            total["steps of the SAEs"] += c.num_steps * step / len(placements(c))
         if not _on_disk(cfg.model_name, "*.safetensors") and not _on_disk(cfg.model_name, "*.bin"):
             unknown.add(cfg.model_name)
             continue
-        window, evaluated = _model_seconds(cfg, trainers[timed[cfg]].sae)
+        of_passes = (cfg.model_name, cfg.hook_point, cfg.seq_len, cfg.dtype, cfg.device)
+        if of_passes not in passes:
+            passes[of_passes] = _model_seconds(cfg, trainers[timed[cfg]].sae)
+        window, evaluated = passes[of_passes]
         total["the language model"] += window * cfg.num_steps * cfg.batch_size / (cfg.seq_len - 1)
         evaluations = -(-cfg.num_steps // cfg.perf_log_freq)
-        # Four passes of the model for the first SAE: with its reconstruction, zeros, the mean, and as it is.
-        total["evaluations"] += evaluated * cfg.eval_windows * evaluations * (3 + count) / 4
+        # What all SAEs share (the model as it is, with zeros, with the mean) costs about as much as two of them.
+        total["evaluations"] += evaluated * cfg.eval_windows * evaluations * (2 + count) / 3
     where = "at the speed that this machine has now"
     if unknown:
         total = {"steps of the SAEs": total["steps of the SAEs"]}
-        where += f", without {' and '.join(sorted(unknown))}, which is not on this disk"
+        where += f", without passes of {', '.join(sorted(unknown))} (not on this disk)"
     else:
         total["the start"] = start
     yield _line("time", f"about {_duration(sum(total.values()))} {where}")
@@ -196,20 +202,23 @@ def _trainer(cfg: Config) -> Trainer:
 def _step_seconds(trainers: dict[Config, Trainer]) -> dict[Config, float]:
     """Of a step of each, in turn as in training: each finds the caches full of the others' weights."""
     found: dict[Config, list[float]] = {cfg: [] for cfg in trainers}
-    for _ in range(1 + REPEATS):
+    until = time.perf_counter() + SECONDS
+    for repeat in range(1 + REPEATS):  # the first does not count
         for cfg, trainer in trainers.items():
             x = _batch(cfg)
             found[cfg].append(_seconds(functools.partial(trainer.step, x, 500), x.device))
+        if repeat > 0 and time.perf_counter() > until:
+            break
     return {cfg: statistics.median(times[1:]) for cfg, times in found.items()}
 
 
 @functools.cache
-def _seconds_per_latent(cfg: Config) -> float:
+def _seconds_per_latent(act_size: int, batch_size: int, product_dtype: str, device: torch.device) -> float:
     """Of the floor of a step: what one more latent costs."""
-    x = _batch(cfg)
-    run = floor_step(x, cfg.dict_size, getattr(torch, cfg.product_dtype))
+    latents = max(1024, TIMED_PARAMETERS // act_size)
+    run = floor_step(torch.randn(batch_size, act_size, device=device), latents, getattr(torch, product_dtype))
     run()
-    return statistics.median(_seconds(run, x.device) for _ in range(REPEATS)) / cfg.dict_size
+    return statistics.median(_seconds(run, device) for _ in range(REPEATS)) / latents
 
 
 @torch.no_grad()
@@ -245,6 +254,10 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _saes(cfgs: list[Config]) -> str:
