@@ -13,6 +13,7 @@ from typing import Any
 import cli
 
 if __name__ == "__main__" and (answer := cli.answer(sys.argv[1:])):  # before torch is imported, which takes a second
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # what is piped into `head` ends there
     print(answer)
     sys.exit()
 
