@@ -12,15 +12,15 @@ import types
 import typing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
-
-from ranks import Share
+if TYPE_CHECKING:  # it takes a second, and --help is answered at once
+    import torch
 
 SaeType = Literal["vanilla", "topk", "batchtopk", "jumprelu"]
 WandbMode = Literal["offline", "online", "disabled"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Share = Literal["batches", "saes"]
 
 # Site -> hook of TransformerLens within one block.
 SITES = {
@@ -198,14 +198,18 @@ class Config:
         return f"blocks.{self.layer}.{SITES[self.site]}"
 
     @property
-    def torch_device(self) -> torch.device:
+    def torch_device(self) -> "torch.device":
         """`device`, with "auto" resolved on this machine."""
+        import torch
+
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
+        import torch
+
         return getattr(torch, self.dtype)
 
     @property
@@ -221,7 +225,7 @@ class Config:
     @cached_property
     def name(self) -> str:
         """Name of the run, of its folder too: readable, and different whenever a result-changing field differs."""
-        without_effect = _NOT_IN_RESULT | _NOT_USED_BY[self.sae_type]
+        without_effect = _NOT_IN_RESULT | NOT_USED_BY[self.sae_type]
         result = {f: v for f, v in self.to_dict().items() if f not in without_effect}
         digest = hashlib.blake2b(json.dumps(result, sort_keys=True).encode(), digest_size=5).hexdigest()
         plain = re.sub(r"[^A-Za-z0-9_-]", "-", self.model_name)
@@ -260,7 +264,7 @@ _NOT_IN_RESULT = {
 _JUMPRELU_ONLY = {"bandwidth", "threshold_init"}
 _PENALISED_ONLY = {"l1_coeff", "sparsity_warmup"}
 _TOP_K_ONLY = {"top_k", "top_k_aux", "aux_penalty"}
-_NOT_USED_BY: dict[SaeType, set[str]] = {
+NOT_USED_BY: dict[SaeType, set[str]] = {
     "vanilla": _TOP_K_ONLY | _JUMPRELU_ONLY,
     "topk": _PENALISED_ONLY | _JUMPRELU_ONLY,
     "batchtopk": _PENALISED_ONLY | _JUMPRELU_ONLY,
@@ -276,6 +280,17 @@ def _one_of(value: object, allowed: typing.Iterable[str]) -> str:
 
 def _is_device(name: str) -> bool:
     return re.fullmatch(r"auto|(cpu|cuda)(:(0|[1-9][0-9]?))?", name) is not None
+
+
+def field_groups() -> dict[str, list[str]]:
+    """The fields under each comment "# ---- title ----" in Config, for --help."""
+    groups: dict[str, list[str]] = {}
+    for line in inspect.getsource(Config).splitlines():
+        if title := re.fullmatch("    # ---- (.*) ----", line):
+            groups[title[1]] = fields = []
+        elif (field := re.match(r"    (\w+): ", line)) and field[1] in Config.__dataclass_fields__:
+            fields.append(field[1])
+    return groups
 
 
 def field_docs() -> dict[str, str]:

@@ -1,117 +1,28 @@
-"""Train sparse autoencoders on a transformer's activations.
+"""Train the sparse autoencoders of a sweep: python main.py --help."""
 
-Two sweeps have names, to be given before all options:
-- python main.py         four types at three sparsities each, embedded model
-- python main.py gpt2    GPT-2 small, as in the BatchTopK paper
-
-Every field of Config is an option. One that is given several values is swept.
-"""
-
-import contextlib
-import difflib
-import itertools
 import logging
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields, make_dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
-import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+import cli
+
+if __name__ == "__main__" and (answer := cli.answer(sys.argv[1:])):  # before torch is imported, which takes a second
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # what is piped into `head` ends there
+    print(answer)
+    sys.exit()
 
 import ranks
-from config import SWEEPS, Config, field_docs
+from config import Config
 
 
-def _words(kinds: tuple[type, ...], metavar: str) -> PrimitiveConstructorSpec:
-    """An option's words as values, any number of them: what is wrong with them is said here, in one line."""
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=metavar,
-        instance_from_str=lambda words: tuple(_value(word, kinds) for word in words),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [],
-    )
-
-
-@dataclass(frozen=True)
-class Sweep:
-    sweep: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar=f"[{{{','.join(SWEEPS)}}}]")] = "tiny"
-    """Named sweep that the options below change."""
-    resume: Annotated[tuple | None, _words((str,), "FOLDER"), tyro.conf.arg(help_behavior_hint="")] = None
-    """Folder of a sweep that was stopped: go on to the end it would have come to. Takes no other option."""
-
-
-def _option(field: str, annotation: Any) -> tuple[str, object, None]:
-    default = Config.__dataclass_fields__[field].default
-    text = f"{field_docs()[field]} (Config's default: {default})"
-    if get_origin(annotation) is Literal:
-        kinds, metavar = (str,), f"{{{','.join(get_args(annotation))}}}"
-    else:
-        kinds = get_args(annotation) or (annotation,)
-        metavar = "|".join({bool: "{True,False}", NoneType: "None"}.get(kind, kind.__name__.upper()) for kind in kinds)
-    return (
-        field,
-        Annotated[tuple | None, _words(kinds, f"{metavar} ..."), tyro.conf.arg(help=text, help_behavior_hint="")],
-        None,
-    )
-
-
-def _value(word: str, kinds: tuple[type, ...]) -> object:
-    """The word as a value of one of the kinds, or as it is for Config to refuse in one line."""
-    for value in (None, True, False):
-        if word == str(value) and type(value) in kinds:
-            return value
-    for kind in (int, float):
-        if kind in kinds:
-            with contextlib.suppress(ValueError):
-                return kind(word)
-    return word
-
-
-Options = make_dataclass(
-    "Options", [_option(f, t) for f, t in get_type_hints(Config).items()], bases=(Sweep,), frozen=True
-)
-Options.__doc__ = __doc__
-
-
-def parse(args: list[str]) -> Sweep:
-    """The command line's options. Raises ValueError at a word that is none."""
-    options, unknown = tyro.cli(Options, prog="main.py", args=args, return_unknown_args=True)
-    if unknown:
-        names = ["--" + f.name.replace("_", "-") for f in fields(Config)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"{unknown[0]}: no such option; {hint}python main.py --help lists them")
-    return options
-
-
-def override(cfgs: list[Config], options: Sweep) -> list[Config]:
-    """The sweep with the options applied: each Config times every combination of the values given, without repeats."""
-    given = {f.name: getattr(options, f.name) for f in fields(Config) if getattr(options, f.name) is not None}
-    for field, values in given.items():
-        if not values:
-            raise ValueError(f"--{field.replace('_', '-')}: no value; give one or several after it")
-    if types := given.pop("sae_type", ()):
-        known = [cfg for cfg in cfgs if cfg.sae_type in types]
-        cfgs = known + [replace(cfgs[0], sae_type=t) for t in types if t not in {cfg.sae_type for cfg in known}]
-    combined = [
-        replace(cfg, **dict(zip(given, values))) for cfg in cfgs for values in itertools.product(*given.values())
-    ]
-    return list({cfg.name: cfg for cfg in combined}.values())
-
-
-def check(cfgs: list[Config]) -> list[Config]:
-    """The Configs with act_size filled in, after what can be known about model, text and output without the weights.
-
-    Raises ValueError or OSError when there is no such model or text, they do not fit, or nothing can be written.
-    """
+def check_machine(cfgs: list[Config]) -> None:
+    """Raises ValueError when there is no such device, processes cannot share the batches, or nothing can be written."""
     import torch
 
     for cfg in cfgs:
@@ -137,6 +48,14 @@ def check(cfgs: list[Config]) -> list[Config]:
             ) from None
         if not is_shared:
             raise ValueError(f"output_dir = {cfg.output_dir!r}: not the same on all machines; give one that all share")
+
+
+def check(cfgs: list[Config]) -> list[Config]:
+    """The Configs with act_size filled in, after what can be known about model, text and output without the weights.
+
+    Raises ValueError or OSError when there is no such model or text, they do not fit, or nothing can be written.
+    """
+    check_machine(cfgs)
 
     import datasets
 
@@ -195,6 +114,17 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
     figures = results.save_figures(table, folder, results.load_history(folder), results.decoder_cosines(table))
     for figure in figures[::2]:
         print(f"figure       {figure}, .pdf")
+
+
+def estimate(cfgs: list[Config]) -> None:
+    """Print what a run would be."""
+    if ranks.world_size() > 1:
+        raise ValueError("--dry-run: it estimates one process; give it without torchrun")
+    check_machine(cfgs)
+    from dry_run import describe
+
+    for line in describe(cfgs):
+        print(line, flush=True)
 
 
 def _train_group(
@@ -257,20 +187,19 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     folder = None
     try:
-        options = parse(sys.argv[1:])
+        options = cli.parse(sys.argv[1:])
         if options.resume is not None:
-            if len(options.resume) != 1 or options != Options(resume=options.resume):
-                raise ValueError("--resume: give it one folder and no other option; the Configs are in the folder")
             from logs import read_sweep
 
-            folder = Path(*options.resume)
+            folder = Path(options.resume)
             cfgs = read_sweep(folder)
         else:
-            if options.sweep not in SWEEPS:
-                raise ValueError(f"sweep = {options.sweep!r}: give one of {', '.join(SWEEPS)}")
-            cfgs = override(SWEEPS[options.sweep](), options)
+            cfgs = options.configs()
             stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
             folder = Path(cfgs[0].output_dir) / f"{options.sweep}-{stamp}"
+        if options.dry_run:
+            estimate(cfgs)
+            return
         ranks.start(cfgs[0].share, cfgs[0].torch_device)
         folder = Path(ranks.from_first(str(folder)))
         with StopAfterStep() as stop:

@@ -14,13 +14,14 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from threading import Thread
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Share = Literal["batches", "saes"]
+from config import Share
+
 Item = TypeVar("Item")
 GONE = "another process of this run is gone; its own output, or its machine, says why"
 TO_JOIN = timedelta(minutes=5)

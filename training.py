@@ -156,7 +156,7 @@ def train(
             raise ValueError(
                 f"{sae.cfg.name}: its stream of activations is not the store's; train it with its own store"
             )
-    devices = _devices(cfg)
+    devices = placements(cfg)
     trainers = [Trainer(sae.to(devices[i % len(devices)]).train()) for i, sae in enumerate(saes)]
     try:
         return _train(trainers, store, log, state, should_stop)
@@ -269,7 +269,7 @@ def _train(
     return results
 
 
-def _devices(cfg: Config) -> list[torch.device]:
+def placements(cfg: Config) -> list[torch.device]:
     """Where SAEs are placed in turn: on all GPUs where cfg names none, and torchrun gave this process none."""
     device = cfg.torch_device
     if device.type == "cpu" or device.index is not None or ranks.world_size() > 1:
@@ -332,7 +332,7 @@ def _speed(cfg: Config, saes: list[BaseAutoencoder], x: Tensor, steps: int, seco
             per_latent[dtype] = (time.perf_counter() - start) / 3 / latents
         floor += per_latent[dtype] * sae.cfg.dict_size * steps
     count = "1 SAE" if len(saes) == 1 else f"{len(saes)} SAEs"
-    floor /= min(len(_devices(cfg)), len(saes))
+    floor /= min(len(placements(cfg)), len(saes))
     rate = steps * cfg.batch_size / seconds
     return f"{count}: {rate:,.0f} tokens/s; the floor of their steps is {floor / seconds:.0%} of the time"
 

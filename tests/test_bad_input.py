@@ -119,6 +119,18 @@ COMMAND_LINES: list[tuple[list[str], Said]] = [
     (["--act-size=17"], ("act_size = 17: resid_pre of model is 16 wide", "leave it out")),
     (["--site=z", "--act-size=8"], ("act_size = 8: z of model is 16 wide", "leave it out")),
     (["--site=mlp_post"], ("site = 'mlp_post': ", "give one of resid_pre, resid_mid")),
+    (["list"], ("list: give it no other word",)),
+    (["--dry-run=yes"], ("argument --dry-run: ignored explicit argument 'yes'",)),
+    (["--dry-run", "--top-k=65"], ("top_k = 65: give at most dict_size, 64",)),
+    (["--dry-run", "--layer=2"], ("layer = 2: model has 2 blocks", "give 0 to 1")),
+    (["--dry-run", "--dataset-path=no.txt"], ("dataset_path 'no.txt': no such file", "check the path")),
+    (["--dry-run", "--output-dir=animals.txt"], ("output_dir = 'animals.txt': ", "Not a directory", "give another")),
+    (["--dry-run", "--resume", "folder"], ("--resume: give it one folder and no other option",)),
+    (["--overrides"], ("--overrides: give it one YAML or JSON file",)),
+    (["--overrides", "a.yaml", "b.yaml"], ("--overrides: give it one YAML or JSON file",)),
+    (["--overrides=no.yaml"], ("--overrides: no.yaml: no such file", "give a YAML or JSON file of Config's fields")),
+    (["--overrides=folder"], ("--overrides: folder: no such file", "give a YAML or JSON file")),
+    (["--overrides=folder", "--resume=folder"], ("--resume: give it one folder and no other option",)),
 ]  # fmt: skip
 
 
@@ -127,10 +139,62 @@ def test_command_lines(refused: Callable, no_model: None, args: list[str], said:
     refused(args, said)
 
 
+OVERRIDES: list[tuple[str, bytes, Said]] = [
+    ("a.yaml", b"", ("no fields and values", "give lines such as top_k: [16, 32]")),
+    ("a.yaml", b"- top_k", ("no fields and values", "give lines")),
+    ("a.yaml", b"top_k", ("no fields and values", "give lines")),
+    ("a.yaml", b"top_k: [16", ("not YAML (", "line 1", "give lines such as")),
+    ("a.yaml", b"top_k: 16\n\tlr: 1", ("not YAML (", "give lines")),
+    ("a.yaml", b"top_k: 1\n---\ntop_k: 2", ("not YAML (", "give lines")),
+    ("a.yaml", b"\xff\xfe\xfd", ("not YAML (", "give lines")),
+    ("a.yaml", b"lr: 2024-13-45", ("not YAML (month must be in 1..12)", "give lines")),
+    ("a.yaml", b"lr: !!python/name:os.system", ("not YAML (could not determine a constructor", "give lines")),
+    ("a.yaml", b"[" * 5000, ("not YAML (", "give lines")),
+    ("a.yaml", b"topk: 4", ("'topk' is no field of Config; did you mean top_k?", "--help lists them")),
+    ("a.yaml", b"top-k: 4", ("'top-k' is no field of Config; did you mean top_k?",)),
+    ("a.yaml", b"sweep: gpt2", ("'sweep' is no field of Config", "--help lists them")),
+    ("a.yaml", b"[1]: 4", ("[1] is no field of Config", "--help lists them")),
+    ("a.yaml", b"lr: 1\ntop_k: 4\nlr: 2", ("lr stands there twice", "give one list of its values")),
+    ("a.yaml", b"top_k: []", ("top_k = []: no value", "give one or several")),
+    ("a.json", b'{"seed": []}', ("seed = []: no value", "give one or several")),
+    ("a.json", b"{'seed': 1}", ("not JSON (", "give lines")),
+    ("a.json", b'{"seed": 1, "seed": 2}', ("seed stands there twice", "give one list")),
+    ("a.json", b'[["seed", 1]]', ("no fields and values", "give lines")),
+    ("a.json", b"\xff", ("not JSON (", "give lines")),
+    ("a.json", b"[" * 100_000, ("not JSON (", "give lines")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, said", OVERRIDES, ids=[f"{c[0]} {c[1][:30]!r}" for c in OVERRIDES])
+def test_files_of_overrides(refused: Callable, no_model: None, name: str, content: bytes, said: Said) -> None:
+    Path(name).write_bytes(content)
+    refused([f"--overrides={name}"], (f"--overrides: {name}: ", *said))
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("seed: many", "seed = 'many': give int"),
+        ("seed: [0, 1.5]", "seed = 1.5: give int"),
+        ("seed: [[0, 1]]", "seed = [0, 1]: give int"),
+        ("seed: {a: 1}", "seed = {'a': 1}: give int"),
+        ("seed:", "seed = None: give int"),
+        ("seed: 2024-01-01", "seed = datetime.date(2024, 1, 1): give int"),
+        ("beta2: 1e0", "beta2 = 1.0: give a number in [0, 1)"),
+        ("dtype: fp32", "dtype = 'fp32': give one of float32,"),
+        ("site: no", "site = False: give str"),
+        ("dataset_name: 3", "dataset_name = 3: give str or None"),
+    ],
+)
+def test_values_in_files_of_overrides(refused: Callable, no_model: None, content: str, said: str) -> None:
+    Path("a.yaml").write_text(content)
+    refused(["--overrides=a.yaml"], (said,))
+
+
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["tinny"], "sweep = 'tinny': give one of tiny, gpt2"),
+        (["tinny"], "sweep = 'tinny': did you mean tiny? give one of tiny, gpt2"),
         (["tiny", "huge"], "huge: no such option; python main.py --help lists them"),
         (["--top-k=many"], "top_k = 'many': give int"),
         (["--layer=9"], "layer = 9: tiny-lm has 4 blocks; give 0 to 3"),

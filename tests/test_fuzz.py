@@ -1,7 +1,6 @@
 """What hypothesis makes up: damaged checkpoints, fields of Config, command lines; the same cases on every run."""
 
 import contextlib
-import io
 import json
 import shutil
 import string
@@ -11,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-import main
-from config import SITES, SWEEPS, Config
+import cli
+from config import SITES, Config
 from logs import load_checkpoint, save_checkpoint
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 
@@ -244,17 +242,35 @@ def test_a_command_line_of_anything(first: list[str], options: list[tuple[str, l
     for option, values in options:
         args += [f"{option}={value}" for value in values] if joined else [option, *values]
     assume(not {"-h", "--help"} & set(args))
-    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            parsed = tyro.cli(main.Options, args=args)
-    except SystemExit as stop:
-        assert stop.code == 2 and printed.getvalue()
+        options = cli.parse(args)
+    except ValueError as error:
+        assert str(error)
         return
-    if parsed.sweep in SWEEPS:
-        try:
-            cfgs = main.override(SWEEPS[parsed.sweep](), parsed)
-        except ValueError as error:
-            assert one_line(error).split(" = ")[0] in FIELDS
-        else:
-            assert cfgs and all(isinstance(cfg, Config) for cfg in cfgs)
+    try:
+        cfgs = options.configs()
+    except ValueError as error:
+        assert one_line(error).split(" = ")[0] in FIELDS
+    else:
+        assert cfgs and all(isinstance(cfg, Config) for cfg in cfgs)
+
+
+YAML = st.sampled_from(
+    ["top_k", "lr", ": ", ":", "- ", "[", "]", "{", "}", ",", "\n", "  ", "1e-3", "2", "null", "~", "'"]
+)
+TAGS = st.sampled_from(
+    ["!!int x", "!!float []", "!!timestamp x", "!!bool 3", "!!binary é", "!!set {}", "&a", "*a", "<<: "]
+)
+
+
+@cases(300)
+@given(words=st.lists(YAML | YAML | TAGS | st.text(max_size=3), max_size=12))
+def test_a_file_of_overrides_of_anything(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> None:
+    file = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    file.write_bytes("".join(words).encode("utf-8", "surrogatepass"))
+    try:
+        given = cli.read_overrides(file)
+    except ValueError as error:
+        assert str(error).startswith(f"--overrides: {file}: ")
+    else:
+        assert set(given) <= set(FIELDS) and all(given.values())

@@ -481,13 +481,13 @@ def test_the_seed_alone_decides_the_weights(tiny_gpt2: Path, tiny_text: Path) ->
 def test_saes_are_placed_on_the_devices_in_turn(no_model: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     gpus = [torch.device("cuda", index) for index in range(3)]
-    assert training._devices(config(device="cuda")) == gpus
-    assert training._devices(config(device="cuda:1")) == gpus[1:2] and training._devices(config()) == [
+    assert training.placements(config(device="cuda")) == gpus
+    assert training.placements(config(device="cuda:1")) == gpus[1:2] and training.placements(config()) == [
         torch.device("cpu")
     ]
 
     moved: list[tuple[BaseAutoencoder, torch.device]] = []
-    monkeypatch.setattr(training, "_devices", lambda cfg: gpus[:2])
+    monkeypatch.setattr(training, "placements", lambda cfg: gpus[:2])
     monkeypatch.setattr(BaseAutoencoder, "to", lambda sae, device: (moved.append((sae, device)), sae)[1])
     saes = one_of_each()
     moved.clear()
@@ -498,4 +498,4 @@ def test_saes_are_placed_on_the_devices_in_turn(no_model: None, monkeypatch: pyt
 def test_with_a_process_for_each_gpu_none_takes_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert training._devices(config(device="cuda")) == [torch.device("cuda")]
+    assert training.placements(config(device="cuda")) == [torch.device("cuda")]
