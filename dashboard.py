@@ -1,8 +1,9 @@
 """The latents of an SAE on one HTML page, which needs no network: assets/dashboard.html with the data written into it.
 
-Two passes over held-out text. The first finds every latent's largest activation, its strongest contexts and a uniform
-sample of its activations; the second counts histograms up to that largest activation and reads the chosen contexts.
-Nothing of [tokens, dict_size] is kept: what a latent costs does not grow with the text.
+One pass over held-out text finds every latent's largest activation, its strongest contexts and a uniform sample of its
+activations. What fired goes to a temporary file (20 bytes each), from which a second pass counts histograms up to that
+largest activation and reads the chosen contexts. Nothing of [tokens, dict_size] is made: memory does not grow with the
+text.
 """
 
 import json
@@ -10,8 +11,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryFile
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -49,7 +52,7 @@ class Activations(NamedTuple):
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """What the two passes found; all on the CPU."""
+    """What was found on the text; all on the CPU."""
 
     tokens: int  # at ordinary positions
     counts: Int[Tensor, "dict_size"]  # tokens on which a latent fires
@@ -101,14 +104,14 @@ def activations(
             latents = sae(x[places.to(x.device)].to(device)).latents
             fired = latents.values > 0
             rows = latents.support.rows[fired]
-            yield Activations(latents.indices[fired], first + places.to(device)[rows], latents.values[fired])
+            yield Activations(latents.indices[fired], first + places.to(device)[rows], latents.values[fired].float())
         first += batch.numel()
 
 
 def latent_statistics(
     sae: BaseAutoencoder, model: TransformerBridge, tokens: Int[Tensor, "window pos"]
 ) -> LatentStatistics:
-    """Two passes over the tokens. The SAE is used in evaluation mode and left as it was."""
+    """What each latent does on the tokens. The SAE is used in evaluation mode and left as it was."""
     was_training = sae.training
     sae.eval()
     F, pos, device = sae.cfg.dict_size, tokens.shape[1], sae.W_dec.device
@@ -116,25 +119,31 @@ def latent_statistics(
     counts = torch.zeros(F, dtype=torch.int64, device=device)
     sums = torch.zeros(F, dtype=torch.float64, device=device)
     strongest, sampled = Best(F, STRONGEST, device), Best(F, SAMPLED, device)
-    for found in activations(sae, model, tokens):
-        counts += found.latents.bincount(minlength=F)
-        sums.index_add_(0, found.latents, found.values.double())
-        peaks = window_peaks(found, F, pos)
-        strongest.add(peaks, peaks.values)
-        sampled.add(found, torch.rand(len(found.values), generator=rng, device=device))
+    lengths = []
+    with TemporaryFile() as file:
+        for found in activations(sae, model, tokens):
+            counts += found.latents.bincount(minlength=F)
+            sums.index_add_(0, found.latents, found.values.double())
+            peaks = window_peaks(found, F, pos)
+            strongest.add(peaks, peaks.values)
+            sampled.add(found, torch.rand(len(found.values), generator=rng, device=device))
+            lengths.append(len(found.values))
+            for part in found:
+                file.write(part.cpu().numpy())
 
-    maxima = strongest.largest()
-    chosen = choose_contexts(strongest.entries(), sampled.entries(), F, pos)
-    keys = torch.tensor(sorted(window * F + latent for latent, window, *_ in chosen), dtype=torch.int64, device=device)
-    histograms = torch.zeros(F * BINS, dtype=torch.int64, device=device)
-    read: list[tuple[Tensor, Tensor, Tensor]] = []  # key's index, position, value
-    for found in activations(sae, model, tokens):
-        bins = (found.values / maxima[found.latents] * BINS).long().clamp(max=BINS - 1)
-        histograms += (found.latents * BINS + bins).bincount(minlength=F * BINS)
-        key = found.places // pos * F + found.latents
-        index = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
-        wanted = keys[index] == key
-        read.append((index[wanted], found.places[wanted] % pos, found.values[wanted]))
+        maxima = strongest.largest()
+        chosen = choose_contexts(strongest.entries(), sampled.entries(), F, pos)
+        keys = torch.tensor(sorted(window * F + latent for latent, window, *_ in chosen), dtype=torch.int64)
+        keys = keys.to(device)
+        histograms = torch.zeros(F * BINS, dtype=torch.int64, device=device)
+        read: list[tuple[Tensor, Tensor, Tensor]] = []  # key's index, position, value
+        for found in _read_back(file, lengths, device):
+            bins = (found.values / maxima[found.latents] * BINS).long().clamp(max=BINS - 1)
+            histograms += (found.latents * BINS + bins).bincount(minlength=F * BINS)
+            key = found.places // pos * F + found.latents
+            index = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
+            wanted = keys[index] == key
+            read.append((index[wanted], found.places[wanted] % pos, found.values[wanted]))
     sae.train(was_training)
 
     return LatentStatistics(
@@ -145,6 +154,13 @@ def latent_statistics(
         histograms=histograms.view(F, BINS).cpu(),
         contexts=_contexts(chosen, keys, read, F),
     )
+
+
+def _read_back(file: IO[bytes], lengths: list[int], device: torch.device) -> Iterator[Activations]:
+    file.seek(0)
+    for length in lengths:
+        parts = [np.fromfile(file, dtype, length) for dtype in (np.int64, np.int64, np.float32)]
+        yield Activations(*(torch.from_numpy(part).to(device) for part in parts))
 
 
 def window_peaks(found: Activations, dict_size: int, pos: int) -> Activations:
