@@ -127,7 +127,7 @@ def _parameters(cfg: Config) -> int:
 
 def _time(groups: list[list[Config]]) -> Iterator[str]:
     """Seconds of all groups, one after the other: steps and passes measured alone, times how many there are."""
-    start = time.time() - psutil.Process().create_time()
+    start = _start_seconds()
     timed = {cfg: _timed(cfg) for group in groups for cfg in group}
     trainers = {cfg: _trainer(cfg) for cfg in timed.values()}
     seconds = _step_seconds(trainers)
@@ -162,6 +162,11 @@ def _time(groups: list[list[Config]]) -> Iterator[str]:
     for name, part in total.items():
         yield f"{_duration(part):>20}  {name}"
     yield _line("", f"Assumed: no dead latents, {L0} active ones a token in Vanilla and JumpReLU.")
+
+
+def _start_seconds() -> float:
+    """Of a run's start, which is ours: the imports. So long this process has lived."""
+    return time.time() - psutil.Process().create_time()
 
 
 def _timed(cfg: Config) -> Config:

@@ -143,7 +143,10 @@ def _train_group(
 
     cfg = cfgs[0]
     count = "1 SAE" if len(cfgs) == 1 else f"{len(cfgs)} SAEs"
-    print(f"{count} on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations", flush=True)
+    on = f", on from step {state['step']:,}" if state else ""
+    print(
+        f"{count} on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations{on}", flush=True
+    )
     store = ActivationsStore(load_model(cfg), cfg, state and state["store"])
     saes = [SAE_TYPES[c.sae_type](c) for c in cfgs]  # `train` places them
     begin()  # writes, now that all that can be refused was

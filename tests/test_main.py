@@ -216,7 +216,9 @@ def test_the_command_that_an_agent_of_the_sweep_file_builds_trains_one_sae(
     agent.__dict__ |= dict(_sweep_command=sweep["command"], _run_processes={}, _function=None, _in_jupyter=False)
     agent._forward_signals = False
     monkeypatch.setenv("WANDB_SWEEP_ID", "sw33p")
-    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # which the agent sets; afterwards they are gone again
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     grid = [dict(zip(sweep["parameters"], values)) for values in itertools.product(
         *(parameter["values"] for parameter in sweep["parameters"].values())
     )]  # fmt: skip

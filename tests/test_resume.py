@@ -108,6 +108,7 @@ def test_asked_to_stop_it_finishes_the_step_says_how_to_go_on_and_goes_on(
     assert line == f"stopped after step {step} of 60; to go on: python main.py --resume {relative}"
     resumed = fork("--resume", str(relative), cwd=cwd)
     assert (resumed["rc"], resumed["err"]) == (0, "")
+    assert resumed["out"].splitlines()[0].endswith(f" activations, on from step {step}")
     assert left_behind(folder) == untroubled[0]
     again = fork("--resume", str(relative), cwd=cwd)
     assert again["rc"] == 0 and again["out"] == "\n" + resumed["out"].partition("\n\n")[2]
