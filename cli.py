@@ -186,7 +186,7 @@ def override(cfgs: list[Config], given: dict[str, tuple]) -> list[Config]:
     given = dict(given)
     if types := given.pop("sae_type", ()):
         known = [cfg for cfg in cfgs if cfg.sae_type in types]
-        cfgs = known + [replace(cfgs[0], sae_type=t) for t in types if t not in {cfg.sae_type for cfg in known}]
+        cfgs = known + [replace(cfgs[0], sae_type=t) for t in types if t not in [cfg.sae_type for cfg in known]]
     combined = [
         replace(cfg, **dict(zip(given, values))) for cfg in cfgs for values in itertools.product(*given.values())
     ]

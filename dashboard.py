@@ -39,6 +39,7 @@ TABLE_TOKENS = 6  # in a row of the table
 LEVELS = 999  # in which an activation in a context is written, as a share of the latent's largest
 LATENTS_PER_PIECE = 256  # of the page's data: a piece is parsed when one of its latents is opened
 DENSE_NUMBERS = 1 << 26  # at a time: 256 MB of float32
+TINY = 1e-12  # of a decoder row of zeros, which other libraries' SAEs may have
 WINDOW_CHOICE = 4  # held-out windows read for each one shown
 
 
@@ -306,7 +307,7 @@ def direct_effects(sae: BaseAutoencoder, model: TransformerBridge, count: int) -
     zero = model.unembed(model.ln_final(torch.zeros(1, 1, model.cfg.d_model, device=device, dtype=dtype)))
     parts = []
     for rows in sae.W_dec.split(max(1, DENSE_NUMBERS // model.cfg.d_vocab)):
-        direction = rows / rows.pow(2).mean(dim=1, keepdim=True).sqrt()
+        direction = rows / rows.pow(2).mean(dim=1, keepdim=True).sqrt().clamp_min(TINY)
         logits = (model.unembed(model.ln_final(direction.to(device, dtype)[None])) - zero)[0, :, :vocab].float()
         logits -= logits.mean(dim=1, keepdim=True)
         most, least = logits.topk(count), logits.topk(count, largest=False)
@@ -320,7 +321,7 @@ def nearest_latents(
 ) -> tuple[Int[Tensor, "dict_size count"], Float[Tensor, "dict_size count"]]:
     """The latents whose decoder rows have the largest cosines with each latent's, itself left out, and the cosines."""
     F = len(sae.W_dec)
-    directions = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
+    directions = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True).clamp_min(TINY)
     parts = []
     for latents in torch.arange(F, device=directions.device).split(max(1, DENSE_NUMBERS // F)):
         cosines = directions[latents] @ directions.t()

@@ -9,14 +9,17 @@ user/repo/                       a repository: of one SAE, of a sweep, of anybod
 The address and the token are huggingface_hub's: HF_ENDPOINT, and `hf auth login` or HF_TOKEN.
 """
 
+import copy
 import re
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 from huggingface_hub import HfApi, get_token, snapshot_download
 
+from config import Config
 from logs import save_checkpoint
 from results import METRICS, TYPES, load_results
 from sae import BaseAutoencoder
@@ -50,8 +53,8 @@ def push_to_hub(
     """Put the SAE into the Hub's repository "user/repo", made if there is none, in one commit; returns its address.
 
     folder: where it lies in the repository; the SAE's name when not given.
-    sweep: the folder of the sweep that trained it, such as runs/tiny-20261123-183000; its metrics and its place on the
-    Pareto front then stand on the card.
+    sweep: the folder of the sweep that trained it, such as runs/tiny-20261123-183000-417205; its metrics and its place
+    on the Pareto front then stand on the card.
     Raises ValueError, one line, when the SAE is not of the sweep or the Hub refuses.
     """
     folder = sae.cfg.name if folder is None else folder
@@ -59,7 +62,9 @@ def push_to_hub(
     card = model_card(sae, repo_id, folder, None if sweep is None else load_results(sweep))
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        save_checkpoint(sae, root / folder)
+        public = copy.copy(sae)  # without the folders of this machine
+        public.cfg = replace(sae.cfg, output_dir=Config().output_dir, device=Config().device)
+        save_checkpoint(public, root / folder)
         for place in (root, root / folder):
             (place / "README.md").write_text(card)
         try:

@@ -59,7 +59,7 @@ def read_sweep(folder: Path) -> list[Config]:
     """
     file = folder / SWEEP
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; give the folder of a sweep, such as runs/tiny-20261123-183000")
+        raise ValueError(f"{file}: no such file; give the folder of a sweep, such as runs/tiny-20261123-183000-417205")
     try:
         sweep = json.loads(file.read_text())
         cfgs, processes = [Config(**fields) for fields in sweep["configs"]], int(sweep["processes"])

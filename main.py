@@ -198,7 +198,7 @@ def main() -> None:
             cfgs = read_sweep(folder)
         else:
             cfgs = options.configs()
-            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+            stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # runs on several GPUs may start in the same second
             folder = Path(cfgs[0].output_dir) / f"{options.sweep}-{stamp}"
         if options.dry_run:
             estimate(cfgs)

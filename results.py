@@ -1,8 +1,8 @@
 """Runs and checkpoints -> tables, feature dashboards, and what figures.py draws.
 
-python results.py runs/tiny-20261123-183000             prints the table, writes results.csv and the figures there
-python results.py wandb:entity/project --group NAME     the same from W&B, written into the current folder
-python results.py dashboard <checkpoint>                writes a page with the latents of an SAE
+python results.py runs/tiny-20261123-183000-417205     prints the table, writes results.csv and the figures there
+python results.py wandb:entity/project --group NAME    the same from W&B, written into the current folder
+python results.py dashboard <checkpoint>               writes a page with the latents of an SAE
 """
 
 import json
@@ -250,5 +250,5 @@ if __name__ == "__main__":
         else:
             tyro.cli(main)
     except (ValueError, OSError, wandb.Error) as error:
-        print(f"results.py: {error}", file=sys.stderr)
+        print(f"results.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

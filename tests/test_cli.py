@@ -297,3 +297,10 @@ def test_a_log_file_has_no_bar_and_a_terminal_has_one(place: Callable[[], Path],
     assert "\r" in seen and max(len(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line)) for line in shown) <= 80
     table = lines.index(next(line for line in lines if line.startswith("type ")))
     assert lines[table : table + 3] == [line for line in shown if line in lines[table : table + 3]]
+
+
+@pytest.mark.parametrize("text, value", [("sae_type: [[topk]]", "['topk']"), ("sae_type: {a: 1}", "{'a': 1}")])
+def test_a_type_that_is_no_word_is_refused(tmp_path: Path, text: str, value: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"sae_type = {value}: ") + ".*give one of vanilla"):
+        cli.parse([f"--overrides={tmp_path / 'a.yaml'}"]).configs()

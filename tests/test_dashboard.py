@@ -216,6 +216,17 @@ def test_nearest_latents_are_those_of_the_largest_cosines(
     assert_close(expected.gather(1, indices), cosines)
 
 
+def test_a_decoder_row_of_zeros_has_effects_and_neighbours_all_the_same(
+    cfg: Config, model: TransformerBridge, tokens: Tensor
+) -> None:
+    sae = some_sae(cfg, model, tokens)
+    with torch.no_grad():
+        sae.W_dec[3] = 0
+    effects, (_, cosines) = dashboard.direct_effects(sae, model, 4), dashboard.nearest_latents(sae, 4)
+    assert effects.promoted_logits.isfinite().all() and effects.suppressed_logits.isfinite().all()
+    assert cosines.isfinite().all() and (cosines[3] == 0).all()
+
+
 # ---- the page's data ----
 
 

@@ -63,6 +63,14 @@ def test_pushed_then_loaded(hub: Hub, sae_type: str) -> None:
     assert torch.equal(loaded.encode(x), sae.encode(x)) and torch.equal(loaded(x).sae_out, sae(x).sae_out)
 
 
+def test_folders_of_this_machine_are_not_pushed(hub: Hub) -> None:
+    sae = make("topk", output_dir="/home/someone/runs")
+    push_to_hub(sae, "someone/saes")
+    assert sae.cfg.output_dir == "/home/someone/runs"
+    assert "/home" not in str(hub.repos["someone/saes"])
+    assert load_pretrained(f"someone/saes:{sae.cfg.name}").cfg.output_dir == Config().output_dir
+
+
 def test_a_second_sae_joins_the_first(hub: Hub) -> None:
     first, second = make("topk"), make("vanilla")
     push_to_hub(first, "someone/saes")
