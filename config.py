@@ -293,6 +293,14 @@ def field_groups() -> dict[str, list[str]]:
     return groups
 
 
+def by_stream(cfgs: list[Config]) -> list[list[Config]]:
+    """The Configs whose SAEs are trained on one pass of the model, together, in the order of each group's first."""
+    groups: dict[tuple, list[Config]] = {}
+    for cfg in cfgs:
+        groups.setdefault(cfg.stream, []).append(cfg)
+    return list(groups.values())
+
+
 def field_docs() -> dict[str, str]:
     """The docstring that follows each field of Config, for --help."""
     body = ast.parse(inspect.getsource(Config)).body[0].body

@@ -20,12 +20,12 @@ from transformers.utils.logging import disable_progress_bar
 
 import text
 from activation_store import check_model, check_text, load_model, model_source, record
-from config import NOT_USED_BY, Config
+from cli import WIDTH
+from config import NOT_USED_BY, Config, by_stream
 from evaluation import MAX_LOGITS, evaluate
 from sae import BaseAutoencoder, build_sae
-from training import Trainer, floor_step, placements, synchronise
+from training import Trainer, floor_step, heading, placements, synchronise
 
-WIDTH = 80
 REPEATS, SECONDS = 3, 3.0  # of each thing that is timed, unless all together take longer
 L0 = 64  # of Vanilla and JumpReLU where they are timed
 TIMED_PARAMETERS = 1 << 20  # in each of W_enc and W_dec of an SAE that is timed; what a larger one takes is calculated
@@ -41,15 +41,13 @@ def describe(cfgs: list[Config]) -> Iterator[str]:
     for cfg in {c.dataset_path: c for c in cfgs}.values():
         if text.local_files(cfg.dataset_path) and is_known[cfg.model_name]:
             check_text(cfg)
-    groups: dict[tuple, list[Config]] = {}
-    for cfg in cfgs:
-        groups.setdefault(cfg.stream, []).append(cfg)
+    groups = by_stream(cfgs)
 
     yield from _configs(cfgs)
-    for group in groups.values():
+    for group in groups:
         cfg = group[0]
         yield ""
-        yield f"{_saes(group)} on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations"
+        yield heading(group)
         if cfg.act_size is None:
             yield _line(
                 "parameters",
@@ -57,7 +55,7 @@ def describe(cfgs: list[Config]) -> Iterator[str]:
             )
         else:
             yield from _size(group, is_known[cfg.model_name])
-    known = [group for group in groups.values() if group[0].act_size is not None]
+    known = [group for group in groups if group[0].act_size is not None]
     if known:
         yield ""
         yield from _time(known)
@@ -263,10 +261,6 @@ def _duration(seconds: float) -> str:
 
 def _bytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _saes(cfgs: list[Config]) -> str:
-    return "1 SAE" if len(cfgs) == 1 else f"{len(cfgs)} SAEs"
 
 
 def _line(title: str, words: str) -> str:

@@ -38,7 +38,7 @@ def download(source: str, names: Iterable[str]) -> Path:
     try:
         cache = snapshot_download(repo, allow_patterns=[ABOVE, *(prefix + name for name in names)])
     except Exception as error:  # of a service out of our hands
-        raise ValueError(f"{source}: cannot be loaded from the Hub ({_one_line(error)})") from None
+        raise ValueError(f"{source}: cannot be loaded from the Hub ({one_line(error)})") from None
     return Path(cache) / folder
 
 
@@ -73,7 +73,7 @@ def push_to_hub(
             api.upload_folder(repo_id=repo_id, folder_path=root, commit_message=f"SAE {folder}")
         except Exception as error:  # of a service out of our hands
             remedy = "run `hf auth login` with a token that may write"
-            raise ValueError(f"{repo_id}: not pushed to the Hub ({_one_line(error)}); {remedy}") from None
+            raise ValueError(f"{repo_id}: not pushed to the Hub ({one_line(error)}); {remedy}") from None
     return f"{api.endpoint}/{repo_id}/tree/main/{folder}"
 
 
@@ -144,7 +144,7 @@ def _repo_and_folder(source: str) -> tuple[str, str]:
     return match["repo"], match["folder"] or ""
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The error without line breaks, and without the token, whoever put it there."""
     text = f"{type(error).__name__}: {error}"
     token = get_token()

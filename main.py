@@ -18,7 +18,7 @@ if __name__ == "__main__" and (answer := cli.answer(sys.argv[1:])):  # before to
     sys.exit()
 
 import ranks
-from config import Config
+from config import Config, by_stream
 
 
 def check_machine(cfgs: list[Config]) -> None:
@@ -77,9 +77,6 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
     """
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are a line each
     cfgs = check(cfgs)
-    groups: dict[tuple, list[Config]] = {}
-    for cfg in cfgs:
-        groups.setdefault(cfg.stream, []).append(cfg)
 
     # Imported late: a mistake is answered at once.
     from transformers.utils.logging import disable_progress_bar
@@ -92,7 +89,7 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
     progress = load_progress(folder)
     begun, stopped, own = progress["group"], None, ranks.own(cfgs)
     try:
-        for index, group in list(enumerate(groups.values()))[begun:]:
+        for index, group in list(enumerate(by_stream(cfgs)))[begun:]:
             state = progress if index == begun and "step" in progress else None
             if trained_here := [cfg for cfg in group if cfg in own]:
                 _train_group(trained_here, index, folder, state, should_stop, lambda: begin_sweep(folder, cfgs))
@@ -139,14 +136,11 @@ def _train_group(
     from activation_store import ActivationsStore, load_model
     from logs import RunLog
     from sae import SAE_TYPES
-    from training import train
+    from training import heading, train
 
     cfg = cfgs[0]
-    count = "1 SAE" if len(cfgs) == 1 else f"{len(cfgs)} SAEs"
     on = f", on from step {state['step']:,}" if state else ""
-    print(
-        f"{count} on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations{on}", flush=True
-    )
+    print(f"{heading(cfgs)}{on}", flush=True)
     store = ActivationsStore(load_model(cfg), cfg, state and state["store"])
     saes = [SAE_TYPES[c.sae_type](c) for c in cfgs]  # `train` places them
     begin()  # writes, now that all that can be refused was

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from config import SITES, Config, SaeType
-from hub import download
+from hub import download, one_line
 from logs import CFG, CFG_BYTES, COUNTERS, WEIGHTS, load_checkpoint
 from sae import SAE_TYPES, BaseAutoencoder
 
@@ -329,7 +329,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file}: not readable as safetensors ({_one_line(error)})") from None
+        raise ValueError(f"{file}: not readable as safetensors ({one_line(error)})") from None
 
 
 def _read_npz(file: Path) -> dict[str, Tensor]:
@@ -338,7 +338,7 @@ def _read_npz(file: Path) -> dict[str, Tensor]:
         with np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except Exception as error:  # whatever numpy, which runs no code of a forged file, stumbles over in it
-        raise ValueError(f"{file}: not readable as arrays of numbers ({_one_line(error)})") from None
+        raise ValueError(f"{file}: not readable as arrays of numbers ({one_line(error)})") from None
 
 
 def _read_pt(file: Path) -> dict[str, Tensor]:
@@ -346,7 +346,7 @@ def _read_pt(file: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch, which runs no code of a forged file, stumbles over in it
-        raise ValueError(f"{file}: not readable as tensors alone ({_one_line(error)})") from None
+        raise ValueError(f"{file}: not readable as tensors alone ({one_line(error)})") from None
     values = found.values() if isinstance(found, dict) else [found]
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.is_cpu for t in values)
     if not plain or not all(isinstance(name, str) for name in found):
@@ -363,11 +363,7 @@ def _check_archive(file: Path) -> None:
             size = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
         raise ValueError(
-            f"{file}: not a whole zip archive, as numpy and torch write them ({_one_line(error)})"
+            f"{file}: not a whole zip archive, as numpy and torch write them ({one_line(error)})"
         ) from None
     if size > file.stat().st_size:
         raise ValueError(f"{file}: compressed, or forged: {size:,} bytes unpacked; write it again uncompressed")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -331,10 +331,19 @@ def _speed(cfg: Config, saes: list[BaseAutoencoder], x: Tensor, steps: int, seco
             synchronise(x.device)
             per_latent[dtype] = (time.perf_counter() - start) / 3 / latents
         floor += per_latent[dtype] * sae.cfg.dict_size * steps
-    count = "1 SAE" if len(saes) == 1 else f"{len(saes)} SAEs"
     floor /= min(len(placements(cfg)), len(saes))
     rate = steps * cfg.batch_size / seconds
-    return f"{count}: {rate:,.0f} tokens/s; the floor of their steps is {floor / seconds:.0%} of the time"
+    return f"{_number(saes)}: {rate:,.0f} tokens/s; the floor of their steps is {floor / seconds:.0%} of the time"
+
+
+def heading(cfgs: list[Config]) -> str:
+    """Of what is said about SAEs that share a stream: how many, on which activations."""
+    cfg = cfgs[0]
+    return f"{_number(cfgs)} on {cfg.model_name} {cfg.hook_point}, {cfg.num_steps * cfg.batch_size:,} activations"
+
+
+def _number(saes: list[BaseAutoencoder] | list[Config]) -> str:
+    return "1 SAE" if len(saes) == 1 else f"{len(saes)} SAEs"
 
 
 def synchronise(device: torch.device) -> None:
