@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 import ranks
 import text
 from config import SITES, Config
+from errors import one_line
 
 if TYPE_CHECKING:  # it takes seconds, and what check_model and check_text refuse is answered at once
     from transformer_lens.model_bridge import TransformerBridge
@@ -52,7 +53,7 @@ def check_model(cfg: Config) -> Config:
         hf = AutoConfig.from_pretrained(source).get_text_config()
     except (OSError, ValueError, StrictDataclassError) as error:
         problem = "has no good config.json" if os.path.exists(source) else "found neither in a folder nor on the Hub"
-        raise OSError(f"model_name = {cfg.model_name!r}: {problem} ({_one_line(error)}); give another") from None
+        raise OSError(f"model_name = {cfg.model_name!r}: {problem} ({one_line(error)}); give another") from None
     needed = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     if hf.is_encoder_decoder or not all(hasattr(hf, name) for name in needed):
         raise ValueError(
@@ -81,7 +82,7 @@ def check_text(cfg: Config) -> None:
         tokenizer = AutoTokenizer.from_pretrained(model_source(cfg.model_name))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_name = {cfg.model_name!r}: no tokenizer that can be read ({_one_line(error)}); give another"
+            f"model_name = {cfg.model_name!r}: no tokenizer that can be read ({one_line(error)}); give another"
         ) from None
     if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):  # made where there are no files
         raise ValueError(f"model_name = {cfg.model_name!r}: no tokenizer in that folder; give another")
@@ -120,7 +121,7 @@ def load_model(cfg: Config) -> "TransformerBridge":
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"model_name = {cfg.model_name!r}: cannot be loaded ({_one_line(error)}); give a whole model that fits"
+            f"model_name = {cfg.model_name!r}: cannot be loaded ({one_line(error)}); give a whole model that fits"
         ) from None
     if cfg.hook_point not in model.hook_dict:
         sites = [site for site, hook in SITES.items() if f"blocks.{cfg.layer}.{hook}" in model.hook_dict]
@@ -129,10 +130,6 @@ def load_model(cfg: Config) -> "TransformerBridge":
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 class _Recorded(Exception):

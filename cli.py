@@ -72,7 +72,9 @@ class Options:
         return override(SWEEPS[self.sweep](), self.given)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One whose errors are a line, like all of ours."""
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
@@ -194,9 +196,9 @@ def override(cfgs: list[Config], given: dict[str, tuple]) -> list[Config]:
 
 
 @functools.cache
-def _parser(sweep: str) -> _Parser:
+def _parser(sweep: str) -> Parser:
     """The options, each with what the sweep has as its default."""
-    parser = _Parser(
+    parser = Parser(
         prog="main.py",
         usage="python main.py [SWEEP] [--OPTION VALUE ...]",
         description=DESCRIPTION.format(sweep=sweep),

@@ -12,7 +12,7 @@ import types
 import typing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # it takes a second, and --help is answered at once
     import torch
@@ -245,6 +245,11 @@ class Config:
     def to_dict(self) -> dict[str, str | int | float | bool | None]:
         """Fields and values, ready for JSON; `Config(**d)` gives the same Config back."""
         return dataclasses.asdict(self)
+
+
+def setting(sae: Any) -> str:
+    """What decides the L0 of a Config or of a row of `results.load_results`: k=32, or l1=0.004."""
+    return f"k={sae.top_k}" if sae.sae_type in ("topk", "batchtopk") else f"l1={sae.l1_coeff:g}"
 
 
 _POSITIVE = (

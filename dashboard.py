@@ -9,7 +9,7 @@ text.
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, NamedTuple
@@ -22,8 +22,10 @@ from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
-from activation_store import held_out_windows, load_model, ordinary_positions, record
+from activation_store import check_model, held_out_windows, load_model, ordinary_positions, record
+from config import setting
 from disk import write_durably
+from evaluation import nearest_latents
 from sae import BaseAutoencoder
 
 TEMPLATE = Path(__file__).parent / "assets" / "dashboard.html"
@@ -75,17 +77,25 @@ class Context(NamedTuple):
     values: list[float]
 
 
-def write_dashboard(sae: BaseAutoencoder, path: Path, model: TransformerBridge | None, windows: int) -> None:
+def write_dashboard(
+    sae: BaseAutoencoder,
+    path: Path,
+    model: TransformerBridge | None,
+    windows: int,
+    dataset_path: str | None,
+    dataset_name: str | None,
+) -> None:
     """See `results.feature_dashboard`."""
     if windows < 1:
         raise ValueError(f"windows = {windows}: give 1 or more")
-    cfg = sae.cfg
-    model = load_model(cfg) if model is None else model
+    cfg = sae.cfg if dataset_path is None else replace(sae.cfg, dataset_path=dataset_path, dataset_name=dataset_name)
+    model = load_model(check_model(cfg)) if model is None else model
     tokens = held_out_windows(cfg, model.tokenizer, windows, WINDOW_CHOICE)
     statistics = latent_statistics(sae, model, tokens)
     effects = None if cfg.site == "z" else direct_effects(sae, model, EFFECTS)
-    neighbours = nearest_latents(sae, NEAREST)
-    write_durably(path, page(sae, model.tokenizer, tokens, statistics, effects, neighbours).encode())
+    neighbours = nearest_latents(sae.W_dec, torch.arange(cfg.dict_size), NEAREST)
+    text = page(sae, model.tokenizer, cfg.dataset_path, tokens, statistics, effects, neighbours)
+    write_durably(path, text.encode())
 
 
 # ---- what latents fire on ----
@@ -315,29 +325,13 @@ def direct_effects(sae: BaseAutoencoder, model: TransformerBridge, count: int) -
     return Effects(*(torch.cat(part) for part in zip(*parts)))
 
 
-@torch.no_grad()
-def nearest_latents(
-    sae: BaseAutoencoder, count: int
-) -> tuple[Int[Tensor, "dict_size count"], Float[Tensor, "dict_size count"]]:
-    """The latents whose decoder rows have the largest cosines with each latent's, itself left out, and the cosines."""
-    F = len(sae.W_dec)
-    directions = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True).clamp_min(TINY)
-    parts = []
-    for latents in torch.arange(F, device=directions.device).split(max(1, DENSE_NUMBERS // F)):
-        cosines = directions[latents] @ directions.t()
-        cosines[torch.arange(len(latents)), latents] = -torch.inf
-        nearest = cosines.topk(min(count, F - 1))
-        parts.append((nearest.indices.cpu(), nearest.values.cpu()))
-    indices, cosines = zip(*parts)
-    return torch.cat(indices), torch.cat(cosines)
-
-
 # ---- the page ----
 
 
 def page(
     sae: BaseAutoencoder,
     tokenizer: PreTrainedTokenizerBase,
+    dataset_path: str,
     tokens: Int[Tensor, "window pos"],
     statistics: LatentStatistics,
     effects: Effects | None,
@@ -360,7 +354,7 @@ def page(
     ]
     table = {
         "title": sae.cfg.name,
-        "facts": _facts(sae, statistics, len(tokens)),
+        "facts": _facts(sae, dataset_path, statistics, len(tokens)),
         "tokens": statistics.tokens,
         "levels": LEVELS,
         "bands": BANDS,
@@ -402,17 +396,18 @@ def _context(context: Context, window_index: dict[int, int], scale: float) -> li
     return [window_index[context.window], context.peak, context.band, *(number for pair in fired for number in pair)]
 
 
-def _facts(sae: BaseAutoencoder, statistics: LatentStatistics, windows: int) -> list[tuple[str, str]]:
+def _facts(
+    sae: BaseAutoencoder, dataset_path: str, statistics: LatentStatistics, windows: int
+) -> list[tuple[str, str]]:
     cfg = sae.cfg
     dead = int((statistics.counts == 0).sum())
-    setting = f"k = {cfg.top_k}" if cfg.sae_type in ("topk", "batchtopk") else f"l1_coeff = {cfg.l1_coeff:g}"
     return [
         ("Model", cfg.model_name),
         ("Hook", cfg.hook_point),
-        ("SAE", f"{cfg.sae_type}, {setting}"),
+        ("SAE", f"{cfg.sae_type}, {setting(cfg)}"),
         ("Latents", f"{cfg.dict_size:,}, of which {dead:,} never fired here"),
         ("L0", f"{float(statistics.counts.sum()) / max(1, statistics.tokens):.1f}"),
-        ("Text", f"{cfg.dataset_path}, held out: {statistics.tokens:,} tokens in {windows:,} windows"),
+        ("Text", f"the held-out tenth of {dataset_path}: {statistics.tokens:,} tokens in {windows:,} windows"),
     ]
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # it takes seconds, and results.py needs no model
     from transformer_lens.model_bridge import TransformerBridge
 
 MAX_LOGITS = 1 << 26  # in one forward pass: 256 MB of float32
-COMPARED_ROWS = 512  # of a decoder at a time, with all others
+COMPARED = 1 << 26  # cosines at a time: 256 MB
 
 
 def l0_l1(out: SAEOutput) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -197,20 +197,27 @@ def feature_density(
 
 
 @torch.no_grad()
+def nearest_latents(
+    W_dec: Float[Tensor, "dict_size act_size"], latents: Int[Tensor, "latents"], count: int
+) -> tuple[Int[Tensor, "latents count"], Float[Tensor, "latents count"]]:
+    """The `count` latents whose decoder rows have the largest cosines with those of `latents`, and the cosines.
+
+    A latent is not its own neighbour; where there are no more than `count` others, all of them.
+    """
+    rows = F.normalize(W_dec, dim=1)  # a row of zeros, which other libraries' SAEs may have, stays one
+    found = []
+    for some in latents.split(max(1, COMPARED // len(rows))):
+        cosines = rows[some] @ rows.t()
+        cosines[torch.arange(len(some)), some] = -torch.inf
+        found.append(cosines.topk(min(count, len(rows) - 1)))
+    return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
+
+
+@torch.no_grad()
 def nearest_cosines(W_dec: Float[Tensor, "dict_size act_size"], at_most: int = 4096) -> Float[Tensor, "latents"]:
     """Cosine of decoder rows with the row nearest to each, among all: of `at_most` rows, evenly spaced."""
-    rows = F.normalize(W_dec, dim=1)
-    chosen = (
-        torch.linspace(0, len(rows) - 1, min(at_most, len(rows)), dtype=torch.float64, device=rows.device)
-        .round()
-        .long()
-    )
-    nearest = []
-    for some in chosen.split(COMPARED_ROWS):
-        cosines = rows[some] @ rows.t()
-        cosines[torch.arange(len(some)), some] = -1  # itself
-        nearest.append(cosines.amax(dim=1))
-    return torch.cat(nearest)
+    spaced = torch.linspace(0, len(W_dec) - 1, min(at_most, len(W_dec)), dtype=torch.float64, device=W_dec.device)
+    return nearest_latents(W_dec, spaced.round().long(), 1)[1].flatten()
 
 
 def _check(model: "TransformerBridge", tokens: Tensor, mean: Tensor, act_size: int) -> None:

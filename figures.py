@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
+from config import setting
+
 TYPES = {  # sae_type -> name, and colour (Okabe and Ito's, for colour-blind eyes); in the order of tables and legends
     "vanilla": ("Vanilla", "#CC79A7"),
     "topk": ("TopK", "#0072B2"),
@@ -43,11 +45,6 @@ class Panels(NamedTuple):
 
     figure: Figure
     axes: dict[str, list[Axes]]
-
-
-def setting(sae: object) -> str:
-    """What decides the L0 of a row of the table: k of TopK and BatchTopK, l1_coeff of the others."""
-    return f"k={sae.top_k}" if sae.sae_type in ("topk", "batchtopk") else f"l1={sae.l1_coeff:g}"
 
 
 def plot_pareto(df: pd.DataFrame) -> Figure:

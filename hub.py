@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: SAEs pushed with a card that describes them, the files of pushed ones loaded.
+"""The Hugging Face Hub: SAEs pushed with a card that describes them, and loaded again.
 
 user/repo/                       a repository: of one SAE, of a sweep, of anybody
     README.md                    the card of the SAE pushed last, which the Hub shows
@@ -10,36 +10,20 @@ The address and the token are huggingface_hub's: HF_ENDPOINT, and `hf auth login
 """
 
 import copy
-import re
 import tempfile
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-from huggingface_hub import HfApi, get_token, snapshot_download
+import torch
+from huggingface_hub import HfApi
 
 from config import Config
+from errors import one_line
 from logs import save_checkpoint
+from pretrained import load_pretrained, repo_and_folder
 from results import METRICS, TYPES, load_results
 from sae import BaseAutoencoder
-
-SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.-]+(/[\w.-]+)*))?")
-ABOVE = "config.json"  # beside the folders of a repository it can say which model they are of
-
-
-def download(source: str, names: Iterable[str]) -> Path:
-    """The folder of the local cache with those files of "user/repo" or "user/repo:folder" that have one of the names.
-
-    Raises ValueError, one line, when the source is none or the Hub does not give it.
-    """
-    repo, folder = _repo_and_folder(source)
-    prefix = f"{folder}/" if folder else ""
-    try:
-        cache = snapshot_download(repo, allow_patterns=[ABOVE, *(prefix + name for name in names)])
-    except Exception as error:  # of a service out of our hands
-        raise ValueError(f"{source}: cannot be loaded from the Hub ({one_line(error)})") from None
-    return Path(cache) / folder
 
 
 def push_to_hub(
@@ -58,7 +42,7 @@ def push_to_hub(
     Raises ValueError, one line, when the SAE is not of the sweep or the Hub refuses.
     """
     folder = sae.cfg.name if folder is None else folder
-    _repo_and_folder(f"{repo_id}:{folder}")
+    repo_and_folder(f"{repo_id}:{folder}")
     card = model_card(sae, repo_id, folder, None if sweep is None else load_results(sweep))
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -77,6 +61,11 @@ def push_to_hub(
     return f"{api.endpoint}/{repo_id}/tree/main/{folder}"
 
 
+def from_pretrained(repo_id: str, folder: str | None = None, device: str | torch.device = "cpu") -> BaseAutoencoder:
+    """`pretrained.load_pretrained` of what `push_to_hub` put into "user/repo"; without `folder`, of its top level."""
+    return load_pretrained(repo_id if folder is None else f"{repo_id}:{folder}", device)
+
+
 def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: pd.DataFrame | None) -> str:
     """Markdown: what the SAE is, how to load it, its metrics and its place in the sweep, its Config.
 
@@ -91,8 +80,8 @@ def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: pd.DataFr
         f" `{cfg.hook_point}` of `{cfg.model_name}`.",
         "## Load it",
         f'```python\nfrom sae_lens import SAE  # SAELens\n\nsae = SAE.from_pretrained("{repo_id}", "{folder}")\n```',
-        "```python\nfrom pretrained import load_pretrained  # NN Decompositions\n\n"
-        f'sae = load_pretrained("{repo_id}:{folder}")\n```',
+        "```python\nfrom hub import from_pretrained  # NN Decompositions\n\n"
+        f'sae = from_pretrained("{repo_id}", "{folder}")\n```',
     ]
     if sweep is not None:
         rows = sweep[sweep["name"] == cfg.name]
@@ -135,17 +124,3 @@ def _on_front(sweep: pd.DataFrame, metric: str) -> pd.Series:
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _repo_and_folder(source: str) -> tuple[str, str]:
-    match = SOURCE.fullmatch(source)
-    if match is None or ".." in re.split("[/:]", source):
-        raise ValueError(f"{source}: no such folder; give a folder, or user/repo or user/repo:folder of the Hub")
-    return match["repo"], match["folder"] or ""
-
-
-def one_line(error: Exception) -> str:
-    """The error without line breaks, and without the token, whoever put it there."""
-    text = f"{type(error).__name__}: {error}"
-    token = get_token()
-    return " ".join((text.replace(token, "<token>") if token else text).split())[:300]

@@ -32,6 +32,7 @@ from wandb import Run
 import ranks
 from config import Config
 from disk import flush, load_state, save_state, save_tensors, write_durably
+from errors import one_line
 from sae import SAE_TYPES, BaseAutoencoder
 
 SWEEP, RESUME, METRICS = "sweep.json", "resume.safetensors", "metrics.jsonl"
@@ -154,7 +155,7 @@ class RunLog:
                 except Exception as error:  # of a service out of our hands
                     offline = True
                     id_file.unlink()  # its service keeps the id of a run that it could not begin
-                    tqdm.write(f"W&B cannot be used as {mode} ({_one_line(error)}); metrics are also in {METRICS}")
+                    tqdm.write(f"W&B cannot be used as {mode} ({one_line(error)}); metrics are also in {METRICS}")
             runs.append(run)
         return runs
 
@@ -175,7 +176,7 @@ class RunLog:
             except Exception as error:
                 self._runs[index] = None
                 file = self._folders[index] / METRICS
-                tqdm.write(f"W&B failed at step {step} ({_one_line(error)}); metrics go on in {file}")
+                tqdm.write(f"W&B failed at step {step} ({one_line(error)}); metrics go on in {file}")
 
     def checkpoint(self, sae: BaseAutoencoder, step: int) -> None:
         if self._writes:
@@ -219,10 +220,6 @@ class RunLog:
 def _finish(run: Run) -> None:
     with contextlib.suppress(Exception):
         run.finish()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def save_checkpoint(sae: BaseAutoencoder, path: str | Path) -> None:
@@ -309,19 +306,27 @@ def _sae_lens_cfg(cfg: Config, dtype: torch.dtype) -> dict:
     }
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The fields of a configuration that anybody may have written. Raises ValueError when it is none."""
+    if file.stat().st_size > CFG_BYTES:
+        raise ValueError(f"{file}: {file.stat().st_size:,} bytes; a configuration has at most {CFG_BYTES:,}")
+    try:
+        fields = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: holds {type(fields).__name__}, not an object of fields")
+    return fields
+
+
 def _read_cfg(file: Path) -> tuple[dict, Config, torch.dtype]:
     """cfg.json, our Config in it and the format of the weights, once all three agree and are as they were saved."""
     if not file.is_file():
         raise ValueError(
             f"{file}: no such file; give the folder of a checkpoint, such as runs/<sweep>/<name>/step-000195"
         )
-    if file.stat().st_size > CFG_BYTES:
-        raise ValueError(f"{file}: {file.stat().st_size:,} bytes; this library writes at most {CFG_BYTES:,}")
-    try:
-        saved = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    fields = saved.get("nn_decompositions") if isinstance(saved, dict) else None
+    saved = read_json(file)
+    fields = saved.get("nn_decompositions")
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: no field 'nn_decompositions'; this checkpoint was not written by this library")
     _check_names(f"{file}: nn_decompositions", fields, Config.__dataclass_fields__)
@@ -380,7 +385,7 @@ def _read_tensors(file: Path, like: dict[str, Tensor], sha256: str) -> dict[str,
                 raise ValueError(f"{file}: does not match its SHA-256 in cfg.json; it is damaged, or of another SAE")
             tensors = opened.get_tensors()
     except SafetensorError as error:
-        raise ValueError(f"{file}: not readable as safetensors ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{file}: not readable as safetensors ({one_line(error)})") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{file}: {name} has numbers that are not finite; the training diverged, lower lr")

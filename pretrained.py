@@ -18,23 +18,24 @@ mode are those of the library that wrote them:
 What cannot be folded is refused, by name. The rows of W_dec keep the norms they have.
 """
 
-import json
 import re
 import warnings
 import zipfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from config import SITES, Config, SaeType
-from hub import download, one_line
-from logs import CFG, CFG_BYTES, COUNTERS, WEIGHTS, load_checkpoint
+from errors import one_line
+from logs import CFG, COUNTERS, WEIGHTS, load_checkpoint, read_json
 from sae import SAE_TYPES, BaseAutoencoder
 
 NPZ, AE, AE_CONFIG, SPARSIFY, SCALER = "params.npz", "ae.pt", "config.json", "sae.safetensors", "activation_scaler.json"
@@ -50,6 +51,7 @@ SPARSIFY_SITES = {  # module within a block -> site
     "": "resid_post", ".mlp": "mlp_out", ".attn": "attn_out", ".self_attn": "attn_out", ".attention": "attn_out",
 }  # fmt: skip
 FILES = (CFG, WEIGHTS, COUNTERS, NPZ, AE, AE_CONFIG, SPARSIFY, SCALER)
+ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.-]+(/[\w.-]+)*))?")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 4096  # latents at a time in float64
 
@@ -64,18 +66,21 @@ def load_pretrained(
     """The SAE in a folder, or on the Hub, as one of our classes, in evaluation mode on `device`, in float32.
 
     source: a folder in one of the formats above, "user/repo", or "user/repo:folder/in/it".
-    model_name, hook_name (such as "blocks.8.hook_resid_pre"): for formats that do not say, or say it wrongly.
+    model_name, hook_name (such as "blocks.8.hook_resid_pre"): where the files do not say, or say it wrongly.
     Our own checkpoints come back in their class, numbers and Config, as from `load_checkpoint`. Of the others, Config
     has what their files say: the model, the hook, the sizes, k; the rest, of training, is our defaults.
     Raises ValueError, one line, when there is no SAE, it cannot be represented here, or its files are damaged or
     forged: no code in them is run, and sizes, formats and finiteness are checked.
     """
-    folder = Path(source) if Path(source).is_dir() else download(str(source), FILES)
+    folder = Path(source) if Path(source).is_dir() else _download(str(source))
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if {CFG, WEIGHTS} <= held:
-        cfg = _read_json(folder / CFG)
+        cfg = read_json(folder / CFG)
         if "nn_decompositions" in cfg:
-            return load_checkpoint(folder, device)
+            sae = load_checkpoint(folder, device)
+            place = _layer_and_site(hook_name or sae.cfg.hook_point)
+            sae.cfg = replace(sae.cfg, model_name=model_name or sae.cfg.model_name, **place)
+            return sae
         fields, tensors = _from_sae_lens(folder, cfg)
     elif NPZ in held:
         fields, tensors = _from_gemma_scope(folder)
@@ -92,9 +97,9 @@ def load_pretrained(
     for field in ("model_name", "hook_name"):
         if not isinstance(fields[field], str):
             raise ValueError(f"{source}: does not say its {field}; give load_pretrained(..., {field}=...)")
-    layer, site = _layer_and_site(fields.pop("hook_name"))
+    place = _layer_and_site(fields.pop("hook_name"))
     try:
-        cfg = Config(**fields, layer=layer, site=site, device=str(device))
+        cfg = Config(**fields, **place, device=str(device))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     sae = SAE_TYPES[cfg.sae_type](cfg)
@@ -149,7 +154,7 @@ def _from_sae_lens(folder: Path, cfg: dict[str, Any]) -> tuple[dict, dict[str, T
 def _scaling_factor(folder: Path) -> float:
     """By which inputs were multiplied in training (Conerly et al. 2024); SAELens saves it beside its checkpoints."""
     file = folder / SCALER
-    scale = _read_json(file).get("scaling_factor") if file.is_file() else None
+    scale = read_json(file).get("scaling_factor") if file.is_file() else None
     if not isinstance(scale, float) or not 0 < scale < float("inf"):
         raise ValueError(
             f"{folder / CFG}: normalize_activations = 'expected_average_only_in', and {SCALER} holds no scaling_factor;"
@@ -180,7 +185,7 @@ def _from_gemma_scope(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 def _from_dictionary_learning(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """github.com/saprmarks/dictionary_learning: `load_dictionary`, which gives an AutoEncoder's decoder unit rows."""
     file = folder / AE_CONFIG
-    trainer = _read_json(file).get("trainer")
+    trainer = read_json(file).get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}
     dict_class = trainer.get("dict_class")
     _require(file, "dict_class", dict_class, DICT_CLASSES)
@@ -208,7 +213,7 @@ def _from_sparsify(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     The folder's name is the module, as in "layers.5.mlp"; config.json beside the folder names the model.
     """
     file = folder / CFG
-    cfg = _read_json(file)
+    cfg = read_json(file)
     _require(file, "activation", cfg.get("activation", "topk"), ("topk",))
     for option in ("transcode", "skip_connection", "multi_topk", "signed"):
         _require(file, option, cfg.get(option, False), (False,))
@@ -223,7 +228,7 @@ def _from_sparsify(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     module = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.\w+)?", folder.name)
     site = SPARSIFY_SITES.get(module[2] or "") if module else None
     fields = {
-        "model_name": _read_json(run).get("model") if run.is_file() else None,
+        "model_name": read_json(run).get("model") if run.is_file() else None,
         "hook_name": f"blocks.{module[1]}.{SITES[site]}" if site else None,
         "input_unit_norm": False,
     }
@@ -262,12 +267,31 @@ def _scale_inputs(tensors: dict[str, Tensor], scale: float, rescaled: bool) -> d
 # ---- files: all are what anybody may have written ----
 
 
-def _layer_and_site(hook_name: str) -> tuple[int, str]:
+def _download(source: str) -> Path:
+    """The folder of the local cache with the FILES of "user/repo" or "user/repo:folder", and what says its model."""
+    repo, folder = repo_and_folder(source)
+    prefix = f"{folder}/" if folder else ""
+    try:
+        cache = snapshot_download(repo, allow_patterns=[AE_CONFIG, *(prefix + name for name in FILES)])
+    except Exception as error:  # of a service out of our hands
+        raise ValueError(f"{source}: cannot be loaded from the Hub ({one_line(error)})") from None
+    return Path(cache) / folder
+
+
+def repo_and_folder(source: str) -> tuple[str, str]:
+    """Of "user/repo" or "user/repo:folder", of which "" is the folder. Raises ValueError when it is neither."""
+    match = ON_HUB.fullmatch(source)
+    if match is None or ".." in re.split("[/:]", source):
+        raise ValueError(f"{source}: no such folder; give a folder, or user/repo or user/repo:folder of the Hub")
+    return match["repo"], match["folder"] or ""
+
+
+def _layer_and_site(hook_name: str) -> dict[str, Any]:
     sites = {hook: site for site, hook in SITES.items()}
     match = re.fullmatch(r"blocks\.([0-9]{1,4})\.(.+)", hook_name)
     if match is None or match[2] not in sites:
         raise ValueError(f"hook_name = {hook_name!r}: no site of Config; give blocks.<layer>.{', '.join(sites)}")
-    return int(match[1]), sites[match[2]]
+    return {"layer": int(match[1]), "site": sites[match[2]]}
 
 
 def _sizes(sae_type: str, tensors: dict[str, Tensor], k: object) -> dict[str, Any]:
@@ -311,18 +335,6 @@ def _checked(
         if tensor.numel() == 0 or not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{file}: {name} is empty or has numbers that are not finite; get the file again")
     return tensors | {name: tensors[name].clamp_min(0) for name in tensors.keys() & {"threshold"}}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if file.stat().st_size > CFG_BYTES:
-        raise ValueError(f"{file}: {file.stat().st_size:,} bytes; a configuration has at most {CFG_BYTES:,}")
-    try:
-        fields = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: holds {type(fields).__name__}, not an object of fields")
-    return fields
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -1,25 +1,27 @@
 """Runs and checkpoints -> tables, feature dashboards, and what figures.py draws.
 
-python results.py runs/tiny-20261123-183000-417205     prints the table, writes results.csv and the figures there
-python results.py wandb:entity/project --group NAME    the same from W&B, written into the current folder
-python results.py dashboard <checkpoint>               writes a page with the latents of an SAE
+python results.py runs/<sweep>             the table, and beside it .csv and figures
+python results.py wandb:entity/project     the same, in the current folder
+python results.py dashboard <checkpoint>   a page with the latents of an SAE
 """
 
 import json
 import math
 import re
 import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import tyro
 import wandb
 from jaxtyping import Float
 
-from figures import TYPES, plot_pareto, save_figures, setting
+from cli import Parser
+from config import setting
+from figures import TYPES, plot_pareto, save_figures
 
 __all__ = [
     "TYPES",
@@ -189,6 +191,8 @@ def feature_dashboard(
     *,
     model: "TransformerBridge | None" = None,
     windows: int = 1024,
+    dataset_path: str | None = None,
+    dataset_name: str | None = None,
 ) -> Path:
     """Write one HTML file, which needs no network, with a table of the SAE's latents and what is known of each:
 
@@ -196,59 +200,81 @@ def feature_dashboard(
     activations, the tokens it promotes and suppresses (`dashboard.direct_effects`) and the nearest decoder rows.
 
     sae: of any type; only its evaluation counts. model: the language model of sae.cfg, loaded when not given.
-    windows: context windows of cfg.seq_len held-out tokens to read; special tokens are not read.
-    Returns the path. Raises ValueError when the model or the held-out text cannot be read.
+    windows: context windows of sae.cfg.seq_len held-out tokens to read; special tokens are not read.
+    dataset_path, dataset_name: the text, as in Config; that of sae.cfg when not given.
+    Returns the path. Raises ValueError or OSError when the model or the held-out text cannot be read.
     """
     from dashboard import write_dashboard  # which imports torch and the model's library: seconds, for a table
 
     path = Path(path)
-    write_dashboard(sae, path, model, windows)
+    write_dashboard(sae, path, model, windows, dataset_path, dataset_name)
     return path
 
 
-def dashboard(checkpoint: Path, /, windows: int = 1024, output: Path | None = None) -> None:
-    """Write one HTML file with the latents of an SAE: what activates each, and what it promotes.
-
-    Args:
-        checkpoint: Folder of a saved SAE, such as runs/<sweep>/<name>/step-000195.
-        windows: Context windows of held-out text to read.
-        output: The file; beside the checkpoint, and named as it is, when not given.
-    """
+def dashboard(options: Namespace) -> None:
+    """The page of the latents of one SAE, from the folder of a checkpoint or the Hub."""
     from config import Config
-    from logs import load_checkpoint
+    from pretrained import load_pretrained
 
-    sae = load_checkpoint(checkpoint, Config().torch_device)
-    folder = checkpoint.resolve()
-    path = feature_dashboard(sae, output or folder.with_name(f"{folder.name}.html"), windows=windows)
+    device = Config().torch_device
+    sae = load_pretrained(options.checkpoint, device, model_name=options.model_name, hook_name=options.hook_name)
+    folder = Path(options.checkpoint)
+    beside = folder.resolve().with_name(f"{folder.resolve().name}.html")
+    path = feature_dashboard(
+        sae,
+        options.output or (beside if folder.is_dir() else Path(f"{sae.cfg.name}.html")),
+        windows=options.windows,
+        dataset_path=options.dataset_path,
+        dataset_name=options.dataset_name,
+    )
     print(f"{sae.cfg.dict_size:,} latents, {path.stat().st_size / 1e6:.1f} MB: {path}")
 
 
-def main(source: str, /, group: str | None = None) -> None:
-    """Print the table of trained SAEs, and write it and the figures: Pareto fronts and, from a folder, training curves,
-    dead latents and decoder cosines. (results.py dashboard --help: the latents of one.)
-
-    Args:
-        source: Folder of one SAE, a sweep or many sweeps, or wandb:entity/project.
-        group: Only the sweep of this name.
-    """
-    df = load_results(source, group=group)
+def table(options: Namespace) -> None:
+    """The table of trained SAEs, results.csv, and figures: those that need checkpoints from a folder alone."""
+    df = load_results(options.source, group=options.group)
     print(format_table(df), flush=True)
-    if source.startswith("wandb:"):
+    if options.source.startswith("wandb:"):
         folder = Path.cwd()
         figures = save_figures(df, folder)
     else:
-        folder = Path(source)
-        figures = save_figures(df, folder, load_history(folder, group=group), decoder_cosines(df))
+        folder = Path(options.source)
+        figures = save_figures(df, folder, load_history(folder, group=options.group), decoder_cosines(df))
     df.to_csv(folder / "results.csv", index=False)
     print(f"\nwritten in {folder}: results.csv and, as .png and .pdf,\n{', '.join(path.stem for path in figures[::2])}")
 
 
+def main(words: list[str]) -> None:
+    if words[:1] == ["dashboard"]:
+        dashboard(_dashboard_parser().parse_args(words[1:]))
+    else:
+        table(_table_parser().parse_args(words))
+
+
+def _table_parser() -> Parser:
+    parser = Parser(prog="results.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE", help="folder of one SAE, a sweep or many; or wandb:entity/project")
+    parser.add_argument("--group", metavar="NAME", help="only the sweep of this name")
+    return parser
+
+
+def _dashboard_parser() -> Parser:
+    parser = Parser(prog="results.py dashboard", description=dashboard.__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of an SAE, or user/repo:folder of the Hub")
+    parser.add_argument("--windows", type=int, default=1024, help="context windows of text to read (default: 1024)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the page (default: beside the folder, as .html)")
+    parser.add_argument("--dataset-path", metavar="PATH", help="text, as for main.py (default: that of its Config)")
+    parser.add_argument("--dataset-name", metavar="NAME", help="configuration of that data set, if it has several")
+    parser.add_argument("--model-name", metavar="NAME", help="the model, where the files do not say or say it wrongly")
+    parser.add_argument("--hook-name", metavar="HOOK", help="the hook, likewise, as in blocks.8.hook_resid_pre")
+    return parser
+
+
 if __name__ == "__main__":
     try:
-        if sys.argv[1:2] == ["dashboard"]:
-            tyro.cli(dashboard, args=sys.argv[2:], prog="results.py dashboard")
-        else:
-            tyro.cli(main)
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, wandb.Error) as error:
         print(f"results.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

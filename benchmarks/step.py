@@ -13,14 +13,12 @@ parameters, gradients and Adam's state, in a process of its own.
 import itertools
 import subprocess
 import sys
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import peers
 import torch
-import tyro
 from timing import interleaved, machine, median, print_table, spread, write_json
 from torch import Tensor
 
@@ -37,31 +35,28 @@ DEAD_POSITIVE = (
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    sae_type: tuple[SaeType, ...] = ("topk", "batchtopk", "jumprelu", "vanilla")
-    act_size: int = 768
-    dict_size: tuple[int, ...] = (12288,)
-    top_k: int = 32
-    batch_size: int = 2048
-    product_dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """Of our steps. All are compared with the floor in float32."""
-    device: str = "cpu"
-    repeats: int = 9
-    auxk: bool = True
-    """Also time TopK and BatchTopK with a tenth of the latents dead."""
-    dense: bool = True
-    """Also time the dense reference (float32), which needs several [batch, dict_size] tensors."""
-    peers: bool = True
-    """Also time the libraries of requirements-bench.txt that are installed."""
-    memory: bool = True
-    json: Path | None = None
-    """File for the figures, in seconds and bytes."""
-    measure_memory: tuple[SaeType, ...] = ()
-    """Used by the benchmark itself: print the peak memory of one step of this type and stop."""
+def parse() -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    types, flag = ("topk", "batchtopk", "jumprelu", "vanilla"), BooleanOptionalAction
+    parser.add_argument("--sae-type", nargs="+", choices=types, default=types)
+    parser.add_argument("--act-size", type=int, default=768)
+    parser.add_argument("--dict-size", type=int, nargs="+", default=[12288])
+    parser.add_argument("--top-k", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=2048)
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--product-dtype", nargs="+", choices=dtypes, default=dtypes, help="of our steps")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--auxk", action=flag, default=True, help="also TopK and BatchTopK with a tenth dead")
+    parser.add_argument("--dense", action=flag, default=True, help="also the dense reference, in float32")
+    parser.add_argument("--peers", action=flag, default=True, help="also the installed of requirements-bench.txt")
+    parser.add_argument("--memory", action=flag, default=True)
+    parser.add_argument("--json", type=Path, help="file for the figures, in seconds and bytes")
+    parser.add_argument("--measure-memory", choices=types, help=SUPPRESS)  # in a process of its own: of one step
+    return parser.parse_args()
 
 
-def config(options: Options, sae_type: SaeType, dict_size: int, product_dtype: str = "float32") -> Config:
+def config(options: Namespace, sae_type: SaeType, dict_size: int, product_dtype: str = "float32") -> Config:
     return Config(
         sae_type=sae_type, act_size=options.act_size, dict_size=dict_size, top_k=options.top_k, device=options.device,
         batch_size=options.batch_size, num_tokens=1000 * options.batch_size, lr=1e-6, l1_coeff=1e-3, bandwidth=1e-3,
@@ -69,7 +64,7 @@ def config(options: Options, sae_type: SaeType, dict_size: int, product_dtype: s
     )  # fmt: skip
 
 
-def activations(options: Options) -> list[Tensor]:
+def activations(options: Namespace) -> list[Tensor]:
     """Batches with the structure SAEs look for: sums of a few of many directions, and noise."""
     rng = torch.Generator().manual_seed(1)  # not the seed of the latents, which would then be the directions
     directions = torch.randn(4 * options.act_size, options.act_size, generator=rng) / options.act_size**0.5
@@ -120,7 +115,7 @@ def our_step(of: Trainer, batch: Callable[[], Tensor]) -> Callable[[], None]:
     return run
 
 
-def benchmark(options: Options, dict_size: int) -> dict[tuple[str, str], list[float]]:
+def benchmark(options: Namespace, dict_size: int) -> dict[tuple[str, str], list[float]]:
     """Seconds by product_dtype and name of the step."""
     batches = itertools.cycle(activations(options))
     x = next(batches)
@@ -140,9 +135,9 @@ def benchmark(options: Options, dict_size: int) -> dict[tuple[str, str], list[fl
     return interleaved(contenders, options.repeats, x.device)
 
 
-def measure_memory(options: Options) -> int:
+def measure_memory(options: Namespace) -> int:
     """Bytes beyond parameters, gradients and Adam's state at the peak of a step."""
-    (sae_type,), (dict_size,), (dtype,) = options.measure_memory, options.dict_size, options.product_dtype
+    sae_type, (dict_size,), (dtype,) = options.measure_memory, options.dict_size, options.product_dtype
     batches = activations(options)
     of = trainer(config(options, sae_type, dict_size, dtype), batches[0])
     if options.device != "cpu":
@@ -170,7 +165,7 @@ def _memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak_memory(options: Options, sae_type: SaeType, dict_size: int, dtype: str) -> int:
+def peak_memory(options: Namespace, sae_type: SaeType, dict_size: int, dtype: str) -> int:
     """measure_memory in a process of its own."""
     command = [
         sys.executable, __file__, "--measure-memory", sae_type, "--dict-size", str(dict_size),
@@ -180,7 +175,7 @@ def peak_memory(options: Options, sae_type: SaeType, dict_size: int, dtype: str)
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def main(options: Options) -> None:
+def main(options: Namespace) -> None:
     if options.measure_memory:
         print(measure_memory(options))
         return
@@ -214,4 +209,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(parse())

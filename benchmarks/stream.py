@@ -9,12 +9,12 @@ ready tokens and a model cut after the blocks it needs, so it has neither text, 
 
 import sys
 import tempfile
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
-import tyro
 from timing import interleaved, machine, median, print_table, write_json
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.utils.logging import disable_progress_bar
@@ -27,22 +27,22 @@ from config import Config, Dtype
 SERVED_BATCHES, PASSES = 6, 6  # in one timed run, of the store and of the bare model
 
 
-@dataclass(frozen=True)
-class Options:
-    n_layer: int = 12
-    n_embd: int = 768
-    layer: int = 8
-    seq_len: int = 128
-    model_batch_size: int = 16
-    batch_size: int = 2048
-    dtype: Dtype = "float32"
-    device: str = "cpu"
-    repeats: int = 5
-    json: Path | None = None
-    """File for the figures, in tokens and seconds."""
+def parse() -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--n-layer", type=int, default=12)
+    parser.add_argument("--n-embd", type=int, default=768)
+    parser.add_argument("--layer", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--model-batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="file for the figures, in tokens and seconds")
+    return parser.parse_args()
 
 
-def random_gpt2(folder: str, options: Options) -> None:
+def random_gpt2(folder: str, options: Namespace) -> None:
     """A folder in GPT-2's format with random weights and the embedded model's tokenizer."""
     torch.manual_seed(0)
     heads = options.n_embd // 64
@@ -66,7 +66,7 @@ def bare_forward(folder: str, cfg: Config, attention: str) -> Callable[[], None]
     return run
 
 
-def main(options: Options) -> None:
+def main(options: Namespace) -> None:
     disable_progress_bar()
     device = torch.device(options.device)
     where = machine(device)
@@ -113,4 +113,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(parse())

@@ -6,12 +6,12 @@ python benchmarks/sweep.py --sweep gpt2 --device cuda
 
 import sys
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import tyro
 from timing import machine, median, print_table, write_json
 from transformers.utils.logging import disable_progress_bar
 
@@ -23,17 +23,17 @@ from sae import build_sae
 from training import Trainer, synchronise
 
 
-@dataclass(frozen=True)
-class Options:
-    sweep: str = "tiny"
-    steps: int = 60
-    repeats: int = 3
-    device: str = "cpu"
-    json: Path | None = None
-    """File for the figures, in seconds."""
+def parse() -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", choices=SWEEPS, default="tiny")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="file for the figures, in seconds")
+    return parser.parse_args()
 
 
-def main(options: Options) -> None:
+def main(options: Namespace) -> None:
     disable_progress_bar()
     device = torch.device(options.device)
     where = machine(device)
@@ -68,7 +68,7 @@ def timed(batches: Iterator[torch.Tensor], waits: list[float]) -> Iterator[torch
         yield batch
 
 
-def run(options: Options, cfgs: list, store: ActivationsStore, device: torch.device) -> float:
+def run(options: Namespace, cfgs: list, store: ActivationsStore, device: torch.device) -> float:
     """Seconds of the loop over the stream, the first batch (which fills the buffer) included."""
     trainers = [Trainer(build_sae(cfg).train()) for cfg in cfgs]
     start = time.perf_counter()
@@ -93,4 +93,4 @@ def train_alone(cfg, batches: list[torch.Tensor], device: torch.device) -> float
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(parse())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -30,11 +31,13 @@ import results
 from activation_store import check_model, held_out_windows, load_model, ordinary_positions, record
 from config import Config
 from dashboard import BANDS, BINS, LEVELS, PER_BAND, SAMPLED, STRONGEST, direct_effects, latent_statistics
+from evaluation import nearest_latents
 from logs import save_checkpoint
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 
 HOSTILE = "</script><script>window.harmed=1</script><img src=x onerror=window.harmed=1><!--"
 WINDOWS = 60
+LENS_TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")  # of a jumprelu in SAELens
 
 
 @pytest.fixture(scope="module")
@@ -202,27 +205,13 @@ def test_direct_effects_are_the_formula_with_hugging_face_weights(
     assert_close(logits.gather(1, found.suppressed), least.values[:, :7], rtol=1e-3, atol=1e-3)
 
 
-def test_nearest_latents_are_those_of_the_largest_cosines(
-    cfg: Config, model: TransformerBridge, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dashboard, "DENSE_NUMBERS", 10 * cfg.dict_size)  # ten rows at a time
-    sae = some_sae(cfg, model, tokens)
-    with torch.no_grad():
-        sae.W_dec[3] = 5 * sae.W_dec[7]
-    indices, cosines = dashboard.nearest_latents(sae, 4)
-    assert indices[3, 0] == 7 and indices[7, 0] == 3 and cosines[3, 0] == pytest.approx(1)
-    expected = torch.cosine_similarity(sae.W_dec[:, None], sae.W_dec[None], dim=-1).detach().fill_diagonal_(-2)
-    assert_close(cosines, expected.topk(4).values)
-    assert_close(expected.gather(1, indices), cosines)
-
-
 def test_a_decoder_row_of_zeros_has_effects_and_neighbours_all_the_same(
     cfg: Config, model: TransformerBridge, tokens: Tensor
 ) -> None:
     sae = some_sae(cfg, model, tokens)
     with torch.no_grad():
         sae.W_dec[3] = 0
-    effects, (_, cosines) = dashboard.direct_effects(sae, model, 4), dashboard.nearest_latents(sae, 4)
+    effects, (_, cosines) = direct_effects(sae, model, 4), nearest_latents(sae.W_dec, torch.arange(48), 4)
     assert effects.promoted_logits.isfinite().all() and effects.suppressed_logits.isfinite().all()
     assert cosines.isfinite().all() and (cosines[3] == 0).all()
 
@@ -285,10 +274,30 @@ def test_command_writes_beside_the_checkpoint(
     cfg: Config, model: TransformerBridge, tokens: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_checkpoint(some_sae(cfg, model, tokens), tmp_path / "step-000007")
-    results.dashboard(tmp_path / "step-000007", windows=3)
+    results.main(["dashboard", str(tmp_path / "step-000007"), "--windows", "3"])
     page = tmp_path / "step-000007.html"
     assert capsys.readouterr().out == f"48 latents, {page.stat().st_size / 1e6:.1f} MB: {page}\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000007", "step-000007.html"]
+
+
+def test_command_opens_another_library_s_sae_on_a_text_of_its_own(
+    cfg: Config, model: TransformerBridge, tokens: Tensor, tmp_path: Path
+) -> None:
+    """A jumprelu of SAELens whose model has another name here, and whose text is not told."""
+    sae = some_sae(replace(cfg, sae_type="jumprelu", input_unit_norm=False), model, tokens)
+    save_file(
+        {name: sae.state_dict()[name].contiguous() for name in LENS_TENSORS}, tmp_path / "sae_weights.safetensors"
+    )
+    metadata = {"model_name": "unknown", "hook_name": cfg.hook_point, "context_size": cfg.seq_len}
+    lens = {"architecture": "jumprelu", "d_in": cfg.act_size, "d_sae": cfg.dict_size, "metadata": metadata}
+    (tmp_path / "cfg.json").write_text(json.dumps(lens))
+    page = tmp_path / "page.html"
+    words = ["--model-name", cfg.model_name, "--dataset-path", cfg.dataset_path, "--windows", "20"]
+    results.main(["dashboard", str(tmp_path), *words, "--output", str(page)])
+    table, read = read_page(page)["table"], held_out_windows(cfg, model.tokenizer, 20, dashboard.WINDOW_CHOICE)
+    assert table["counts"] == latent_statistics(sae, model, read).counts.tolist()
+    text = f"the held-out tenth of {cfg.dataset_path}: {table['tokens']:,} tokens in 20 windows"
+    assert ["Text", text] in table["facts"] and ["Model", cfg.model_name] in table["facts"]
 
 
 def test_command_refuses_in_one_line(tmp_path: Path) -> None:
@@ -305,7 +314,7 @@ def test_command_refuses_in_one_line(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def html(cfg: Config, model: TransformerBridge, tokens: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 latents; a data set's name and a token that would be code were they HTML, a token of control characters."""
-    cfg = replace(cfg, dict_size=300, sae_type="vanilla", dataset_path=HOSTILE)
+    cfg = replace(cfg, dict_size=300, sae_type="vanilla")
     sae = some_sae(cfg, model, tokens)
     statistics = latent_statistics(sae, model, tokens)
     effects = direct_effects(sae, model, 10)
@@ -318,7 +327,8 @@ def html(cfg: Config, model: TransformerBridge, tokens: Tensor, tmp_path_factory
             return [changed.get(i, text) for i, text in zip(all_ids, plain(tokenizer, all_ids))]
 
         patch.setattr(dashboard, "token_strings", strings)
-        text = dashboard.page(sae, model.tokenizer, tokens, statistics, effects, dashboard.nearest_latents(sae, 10))
+        nearest = nearest_latents(sae.W_dec, torch.arange(300), 10)
+        text = dashboard.page(sae, model.tokenizer, HOSTILE, tokens, statistics, effects, nearest)
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(text)
     return path

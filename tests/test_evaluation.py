@@ -23,6 +23,7 @@ from evaluation import (
     feature_density,
     l0_l1,
     nearest_cosines,
+    nearest_latents,
     training_metrics,
 )
 from sae import SAE_TYPES, BaseAutoencoder, SAEOutput, build_sae
@@ -285,6 +286,19 @@ def test_density_is_the_share_of_ordinary_tokens(
         feature_density(sae, model, tokens + 10**6)
 
 
+def test_nearest_latents_are_those_of_the_largest_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "COMPARED", 10 * 50)  # ten rows at a time
+    W_dec = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    W_dec[3] = 5 * W_dec[7]
+    indices, cosines = nearest_latents(W_dec, torch.arange(50), 4)
+    assert indices[3, 0] == 7 and indices[7, 0] == 3 and cosines[3, 0] == pytest.approx(1)
+    expected = torch.cosine_similarity(W_dec[:, None], W_dec[None], dim=-1).fill_diagonal_(-2)
+    assert_close(cosines, expected.topk(4).values)
+    assert_close(expected.gather(1, indices), cosines)
+    assert torch.equal(nearest_latents(W_dec, torch.tensor([7, 2]), 4)[0], indices[[7, 2]])
+    assert [part.shape for part in nearest_latents(W_dec[:3], torch.arange(3), 4)] == [(3, 2), (3, 2)]
+
+
 def test_nearest_cosines_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     W_dec = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     W_dec[7] = 3 * W_dec[31]
@@ -292,7 +306,7 @@ def test_nearest_cosines_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
         max(F.cosine_similarity(a, b, dim=0) for j, b in enumerate(W_dec) if j != i) for i, a in enumerate(W_dec)
     ]
     for rows in (512, 13):
-        monkeypatch.setattr(evaluation, "COMPARED_ROWS", rows)
+        monkeypatch.setattr(evaluation, "COMPARED", rows * 50)
         found = nearest_cosines(W_dec)
         assert_close(found, torch.stack(expected))
     assert found[7] == found[31] == pytest.approx(1)

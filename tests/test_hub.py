@@ -12,7 +12,7 @@ import torch
 from hub_server import Hub, standing_in
 
 from config import Config
-from hub import model_card, push_to_hub
+from hub import from_pretrained, model_card, push_to_hub
 from logs import save_checkpoint
 from pretrained import load_pretrained
 from results import load_results
@@ -57,7 +57,7 @@ def test_pushed_then_loaded(hub: Hub, sae_type: str) -> None:
     }
     assert hub.repos["someone/saes"].keys() == held
 
-    loaded = load_pretrained(f"someone/saes:{sae.cfg.name}")
+    loaded = from_pretrained("someone/saes", sae.cfg.name)
     assert type(loaded) is type(sae) and loaded.cfg == sae.cfg
     x = torch.randn(5, 8)
     assert torch.equal(loaded.encode(x), sae.encode(x)) and torch.equal(loaded(x).sae_out, sae(x).sae_out)
@@ -150,7 +150,7 @@ def test_the_card_tells_metrics_and_pareto_front(tmp_path: Path) -> None:
     lines = card.splitlines()
     assert lines[0] == "---" and "library_name: saelens" in lines
     assert 'sae = SAE.from_pretrained("someone/saes", "a/folder")' in lines
-    assert 'sae = load_pretrained("someone/saes:a/folder")' in lines
+    assert 'sae = from_pretrained("someone/saes", "a/folder")' in lines
     assert "| ce_recovered | 0.75 |" in lines
     assert "It is on the Pareto front of L0 and explained variance." in card
     assert "It is not on the Pareto front of L0 and CE recovered." in card

@@ -8,6 +8,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from config import Config
 from logs import load_checkpoint, save_checkpoint
 from pretrained import load_pretrained
+from sae import build_sae
 
 D, F, K = 12, 40, 5
 Tensors = dict[str, Tensor]
@@ -277,6 +280,14 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     assert_refused(tmp_path, "holds no SAE")
     (tmp_path / "cfg.json").write_text("{}")
     assert_refused(tmp_path, "holds no SAE")
+
+
+def test_ours_with_its_model_elsewhere(tmp_path: Path) -> None:
+    sae = build_sae(Config(act_size=D, dict_size=F, top_k=K, device="cpu", layer=3, site="mlp_out"))
+    save_checkpoint(sae, tmp_path / "ours")
+    moved = load_pretrained(tmp_path / "ours", model_name="/models/tiny-lm")
+    assert moved.cfg == replace(sae.cfg, model_name="/models/tiny-lm")
+    assert load_pretrained(tmp_path / "ours", hook_name="blocks.1.attn.hook_z").cfg.site == "z"
 
 
 # ---- forged ----

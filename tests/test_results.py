@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -354,3 +355,14 @@ def test_command_line_user_error_is_one_line(tmp_path: Path) -> None:
     done = run_results("gone", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "results.py: gone: no such folder\n"
+
+
+def test_ctrl_c_ends_the_command_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wandb, "Api", interrupted)
+    monkeypatch.setattr(sys, "argv", ["results.py", "wandb:someone/saes"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(results.__file__, run_name="__main__")
+    assert end.value.code == 130 and capsys.readouterr().err == ""
