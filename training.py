@@ -1,5 +1,6 @@
 """The training loop: one stream of activations, many SAEs."""
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -199,7 +200,8 @@ def _train(
         bar_format="{l_bar}{bar:8}| {remaining} left, {rate_fmt}{postfix}",  # fits 80 columns
     )
     pacer = _Pacer(cfg.resume_freq)
-    clock, timed_tokens, seconds = time.perf_counter(), 0, 0.0
+    begun = clock = time.perf_counter()
+    timed_tokens, seconds = 0, 0.0
     for step in range(first_step, cfg.num_steps):
         try:
             x, failure = store.next_batch(), None
@@ -238,7 +240,7 @@ def _train(
         bar.update(cfg.batch_size)
         timed_tokens += cfg.batch_size
         if is_log_step:
-            bar.set_postfix_str(_summary(logged), refresh=False)
+            bar.set_postfix_str(_ranges(logged, {"train/loss": "loss", "train/l0": "l0"}), refresh=False)
             elapsed = time.perf_counter() - clock
             speed = {"train/tokens_per_second": timed_tokens / elapsed}
             clock, timed_tokens, seconds = time.perf_counter(), 0, seconds + elapsed
@@ -252,6 +254,11 @@ def _train(
             if log is not None:
                 for index, metrics in enumerate(results):
                     log.log(index, done, done * cfg.batch_size, {f"eval/{k}": v for k, v in metrics.items()})
+            if not is_last_step:
+                left = (time.perf_counter() - begun) / (done - first_step) * (cfg.num_steps - done)
+                found = _ranges(results, {"l0": "L0", "explained_variance": "expl. var."})
+                tqdm.write(f"step {done:,}, {tqdm.format_interval(left)} left: {found}")
+                sys.stdout.flush()  # a log file has it at once
         if is_checkpoint_step and log is not None:
             for sae in saes:
                 log.checkpoint(sae, done)
@@ -351,11 +358,11 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _summary(logged: list[dict[str, float]]) -> str:
-    """Loss and L0, from the lowest to the highest of the SAEs."""
+def _ranges(of_saes: list[dict[str, float]], metrics: dict[str, str]) -> str:
+    """Metrics by their labels, from the lowest to the highest of the SAEs."""
     parts = []
-    for name in ("loss", "l0"):
-        values = sorted(metrics[f"train/{name}"] for metrics in logged)
+    for name, label in metrics.items():
+        values = sorted(found[name] for found in of_saes)
         low, high = f"{values[0]:.3g}", f"{values[-1]:.3g}"
-        parts.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
+        parts.append(f"{label} {low}" if low == high else f"{label} {low} to {high}")
     return ", ".join(parts)

@@ -286,11 +286,14 @@ def test_memory_and_time_are_the_sums_of_their_parts(monkeypatch: pytest.MonkeyP
 
 
 def test_a_log_file_has_no_bar_and_a_terminal_has_one(place: Callable[[], Path], fork: Callable[..., dict]) -> None:
-    args = [*SMALL, "--sae-type", "topk", "batchtopk"]
+    args = [*SMALL, "--sae-type", "topk", "batchtopk", "--perf-log-freq", "20"]
     done = fork(*args, cwd=place())
     assert (done["rc"], done["err"]) == (0, "") and done["out"].isascii() and not set(done["out"]) & set("\r\x1b\t\b")
     lines = done["out"].splitlines()
     assert max(map(len, lines)) <= 80 and lines[0].startswith("2 SAEs on tiny-gpt2")
+    line = re.compile(r"step (\d+), \d\d:\d\d left: L0 \d.*, expl. var. \S+ to \S+")
+    evaluations = [line.fullmatch(text) for text in lines[1:3]]
+    assert [found and found[1] for found in evaluations] == ["20", "40"] and " tokens/s; " in lines[3]
 
     seen = in_a_terminal(*args, cwd=place())
     shown = [line.split("\r")[-1] for line in seen.replace("\r\n", "\n").split("\n")]

@@ -76,13 +76,13 @@ class Recorder:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation gives each SAE's number of evaluations so far; Store's rows belong to no language model."""
+    """Evaluation gives as L0 each SAE's number of evaluations so far; Store's rows belong to no language model."""
     evaluations = Counter()
 
     def evaluate(model: None, saes: list[BaseAutoencoder], tokens: str, mean: Tensor) -> list[dict[str, float]]:
         assert (model, tokens, mean) == (Store.model, "held-out tokens", Store.mean)
         evaluations.update(id(sae) for sae in saes)
-        return [{"count": evaluations[id(sae)]} for sae in saes]
+        return [{"l0": evaluations[id(sae)], "explained_variance": 0.5} for sae in saes]
 
     monkeypatch.setattr(training, "evaluate", evaluate)
 
@@ -239,15 +239,19 @@ def test_logs_evaluations_and_checkpoints_come_at_their_steps(
     saes = one_of_each(log_freq=3, perf_log_freq=4, checkpoint_freq=checkpoint_freq)
     store, log = Store(saes[0].cfg), Recorder()
     results = train(saes, store, log)
-    assert results == [{"count": 3}] * 4
+    assert results == [{"l0": 3, "explained_variance": 0.5}] * 4
     out, err = capfd.readouterr()
-    assert out.startswith("4 SAEs: ") and len(out) <= 80 and err == "", "no bar where there is no terminal"
+    *evaluations, speed = out.splitlines()
+    assert evaluations == [f"step {step}, 00:00 left: L0 {n}, expl. var. 0.5" for n, step in ((1, 4), (2, 8))]
+    assert speed.startswith("4 SAEs: ") and len(speed) <= 80 and err == "", "no bar where there is no terminal"
     assert log.checkpoints == [(sae, step) for step in checkpoints for sae in saes]
     assert all(tokens == step * B for _, step, tokens, _ in log.lines)
     logged = [(step, index) for index, step, _, metrics in log.lines if "train/loss" in metrics]
     evaluated = [(step, index, metrics) for index, step, _, metrics in log.lines if "train/loss" not in metrics]
     assert logged == [(step, index) for step in (3, 6, 9, 10) for index in range(4)]
-    assert evaluated == [(step, i, {"eval/count": n}) for n, step in enumerate((4, 8, 10), start=1) for i in range(4)]
+    assert [(step, i, metrics["eval/l0"]) for step, i, metrics in evaluated] == [
+        (step, i, n) for n, step in enumerate((4, 8, 10), start=1) for i in range(4)
+    ]
     for index, step, _, metrics in log.lines:
         if "train/loss" in metrics:
             assert metrics["train/lr"] == learning_rate(saes[index].cfg, step - 1)
