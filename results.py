@@ -246,19 +246,19 @@ def table(options: Namespace) -> None:
 
 def main(words: list[str]) -> None:
     if words[:1] == ["dashboard"]:
-        dashboard(_dashboard_parser().parse_args(words[1:]))
+        dashboard(dashboard_parser().parse_args(words[1:]))
     else:
-        table(_table_parser().parse_args(words))
+        table(table_parser().parse_args(words))
 
 
-def _table_parser() -> Parser:
+def table_parser() -> Parser:
     parser = Parser(prog="results.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="folder of one SAE, a sweep or many; or wandb:entity/project")
     parser.add_argument("--group", metavar="NAME", help="only the sweep of this name")
     return parser
 
 
-def _dashboard_parser() -> Parser:
+def dashboard_parser() -> Parser:
     parser = Parser(prog="results.py dashboard", description=dashboard.__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of an SAE, or user/repo:folder of the Hub")
     parser.add_argument("--windows", type=int, default=1024, help="context windows of text to read (default: 1024)")

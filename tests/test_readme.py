@@ -1,0 +1,63 @@
+"""What README.md and CLAUDE.md say: the Python runs, in a folder of runs like any, and the commands are some."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import cli
+import results
+from activation_store import check_model
+from config import Config
+from logs import save_checkpoint
+from sae import build_sae
+
+ROOT = Path(results.__file__).parent
+PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMAND = re.compile(r"\b(?:python|torchrun)\b[^`\n]*?\b(main|results)\.py\b([^`\n)]*)")
+COMMANDS = [
+    (program, shlex.split(words, comments=True))
+    for name in ("README.md", "CLAUDE.md")
+    for program, words in COMMAND.findall((ROOT / name).read_text().replace("\\\n", " "))
+]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with runs/<sweep>, literally so, of one SAE."""
+    sae = build_sae(check_model(Config(sae_type="topk", num_tokens=2048, dict_size=64, top_k=8, device="cpu")))
+    folder = tmp_path / "runs" / "<sweep>" / sae.cfg.name
+    save_checkpoint(sae, folder / "step-000001")
+    (folder / "config.json").write_text(json.dumps(sae.cfg.to_dict()))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": 2048, "eval/l0": 8.0}) + "\n")
+    save_checkpoint(sae, tmp_path / "runs" / "<sweep>" / "<name>" / "step-000195")
+    (tmp_path / "my.yaml").write_text("top_k: [16, 32]")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python(here: Path) -> None:
+    """Each block goes on from the first."""
+    first: dict[str, object] = {}
+    exec(PYTHON[0], first)
+    assert first["latents"].shape == (*first["tokens"].shape, 64) and len(first["features"]) == 5
+    for block in PYTHON[1:]:
+        after = dict(first)
+        exec(block, after)
+        if "density" in block:
+            assert after["density"].sum() == pytest.approx(8, abs=1e-4)
+    assert sorted(path.name for path in (here / "runs" / "<sweep>").glob("density.*")) == ["density.pdf", "density.png"]
+
+
+@pytest.mark.parametrize("program, words", COMMANDS, ids=str)
+def test_commands(here: Path, program: str, words: list[str]) -> None:
+    """They are understood."""
+    if program == "main":
+        options = None if cli.answer(words) else cli.parse(words)
+        assert options is None or options.resume or options.configs()
+    else:
+        dashboard = words[0] == "dashboard"
+        parser = results.dashboard_parser() if dashboard else results.table_parser()
+        parser.parse_args(words[dashboard:])
