@@ -1,10 +1,11 @@
 """What a run would be: its Configs, and estimates of parameters, memory and time. Trains and writes nothing.
 
-Time is measured, on this machine, in a few steps of the SAEs and a few passes of the model. Nothing is downloaded: of a
+Time is measured, on this machine, in a few steps of the SAEs and a few passes of the model. The Hub is not asked: of a
 model that is not on this disk only what its Config says is known.
 """
 
 import functools
+import json
 import statistics
 import textwrap
 import time
@@ -36,7 +37,8 @@ STEP_ROWS, DENSE_ROWS, EVAL_LOGITS = 16, 5, 10  # tensors alive at once: [batch,
 def describe(cfgs: list[Config]) -> Iterator[str]:
     """Lines of at most 80 columns, each of them when it is known. Raises ValueError where a run would, early."""
     disable_progress_bar()
-    is_known = {cfg.model_name: _on_disk(cfg.model_name, "config.json") for cfg in cfgs}
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # a newer version is not fetched either
+    is_known = {cfg.model_name: _is_known(cfg.model_name) for cfg in cfgs}
     cfgs = [check_model(cfg) if is_known[cfg.model_name] else cfg for cfg in cfgs]
     for cfg in {c.dataset_path: c for c in cfgs}.values():
         if text.local_files(cfg.dataset_path) and is_known[cfg.model_name]:
@@ -139,7 +141,7 @@ def _time(groups: list[list[Config]]) -> Iterator[str]:
             if more := c.dict_size - timed[c].dict_size:
                 step += more * _seconds_per_latent(c.act_size, c.batch_size, c.product_dtype, placements(c)[0])
             total["steps of the SAEs"] += c.num_steps * step / len(placements(c))
-        if not _on_disk(cfg.model_name, "*.safetensors") and not _on_disk(cfg.model_name, "*.bin"):
+        if not _has_weights(cfg.model_name):
             unknown.add(cfg.model_name)
             continue
         of_passes = (cfg.model_name, cfg.hook_point, cfg.seq_len, cfg.dtype, cfg.device)
@@ -245,11 +247,33 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _on_disk(model_name: str, file: str) -> bool:
-    """Whether a local folder or the cache of the Hub has such a file of the model."""
-    cached = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{model_name.replace('/', '--')}"
-    source = Path(model_source(model_name))
-    return source.is_dir() or any(cached.glob(f"snapshots/*/{file}"))
+def _is_known(model_name: str) -> bool:
+    """Whether this disk has the model's configuration."""
+    return _is_local(model_name) or any((version / "config.json").is_file() for version in _cached(model_name))
+
+
+def _has_weights(model_name: str) -> bool:
+    return _is_local(model_name) or any(_is_whole(version) for version in _cached(model_name))
+
+
+def _is_local(model_name: str) -> bool:
+    return Path(model_source(model_name)).is_dir()
+
+
+def _cached(model_name: str) -> Iterator[Path]:
+    """The versions of the model in the cache of the Hub."""
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    return cache.glob(f"models--{model_name.replace('/', '--')}/snapshots/*")
+
+
+def _is_whole(version: Path) -> bool:
+    """Whether the weights are there: one file, or all that an index names."""
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        index = version / f"{file}.index.json"
+        parts = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else [file]
+        if all((version / part).is_file() for part in parts):
+            return True
+    return False
 
 
 def _duration(seconds: float) -> str:

@@ -1,14 +1,19 @@
 """The command line: help, list, completion, files of overrides, --dry-run, and what a run prints into a file."""
 
+import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
+from hub_server import COMMIT, standing_in
+from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 import activation_store
@@ -205,6 +210,7 @@ def here(place: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
 def dry(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
     before = set(Path().rglob("*"))
     monkeypatch.setattr(sys, "argv", ["main.py", *SMALL, "--dry-run", *args])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # which it changes
     main.main()
     out, err = capsys.readouterr()
     assert err == "" and max(map(len, out.splitlines())) <= 80 and set(Path().rglob("*")) == before
@@ -252,6 +258,32 @@ def test_a_dry_run_of_an_unknown_model_tells_what_is_known(
     out = dry(capsys, monkeypatch, *unknown, "--act-size=16")
     assert f"parameters   {2 * 16 * 64 + 64 + 16:,} in the SAEs" in out and "and the language model\n" in out
     assert " s  steps of the SAEs\n" in out and "evaluations" not in out and "(not on this disk)" in out
+
+
+def test_a_dry_run_asks_nothing_of_the_hub(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model whose weights are in the cache in part, and of one that is there whole."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "cache"))
+    with standing_in(monkeypatch, here / "cache") as hub:
+        cached = here / "cache" / "models--some--model"
+        folder = cached / "snapshots" / COMMIT
+        shutil.copytree(here / "tiny-gpt2", folder)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(COMMIT)
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        first = dict(list(weights.items())[:9])
+        index = {name: f"model-{1 if name in first else 2}.safetensors" for name in weights}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        save_file(first, folder / "model-1.safetensors", {"format": "pt"})
+        out = dry(capsys, monkeypatch, "--model-name=some/model")
+        assert "in the language model\n" in out and "evaluations" not in out and "(not on this disk)" in out
+        rest = {name: tensor for name, tensor in weights.items() if name not in first}
+        save_file(rest, folder / "model-2.safetensors", {"format": "pt"})
+        out = dry(capsys, monkeypatch, "--model-name=some/model")
+        assert "evaluations\n" in out and "not on this disk" not in out
+        assert hub.requests == []
 
 
 def test_memory_and_time_are_the_sums_of_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
