@@ -111,12 +111,15 @@ def hooked(tiny_gpt2: Path) -> HookedSAETransformer:
     return ours.eval()
 
 
-def fitted(tiny_gpt2: Path, windows: torch.Tensor, sae_type: str, norm: bool) -> tuple[BaseAutoencoder, object]:
-    """An SAE about the mean of the model's activations, and the model."""
+def fitted(
+    tiny_gpt2: Path, windows: torch.Tensor, folder: Path, sae_type: str, norm: bool
+) -> tuple[BaseAutoencoder, SAE, object]:
+    """An SAE about the mean of the model's activations, what SAELens makes of its checkpoint, and the model."""
     sae = make(sae_type, norm, model_name=str(tiny_gpt2))
     model = load_model(sae.cfg)
     sae.initialise_from(record(model, windows, sae.cfg.hook_point).flatten(0, 1))
-    return sae, model
+    save_checkpoint(sae, folder)
+    return sae, SAE.load_from_disk(folder), model
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -125,9 +128,7 @@ def test_spliced(
     tiny_gpt2: Path, windows: torch.Tensor, hooked: HookedSAETransformer, tmp_path: Path, sae_type: str, norm: bool
 ) -> None:
     """SAELens replaces every position, its two kinds of model with an SAE in them as one; then CE is that of ours."""
-    sae, model = fitted(tiny_gpt2, windows, sae_type, norm)
-    save_checkpoint(sae, tmp_path / "sae")
-    theirs = SAE.load_from_disk(tmp_path / "sae")
+    sae, theirs, model = fitted(tiny_gpt2, windows, tmp_path / "sae", sae_type, norm)
     everywhere = torch.ones_like(windows, dtype=torch.bool)
     logits = spliced_logits(model, windows, sae.cfg.hook_point, everywhere, lambda rows: sae(rows).sae_out)
     ce = cross_entropy(logits, windows, everywhere)
@@ -152,9 +153,7 @@ def test_evaluations(
     sae_type: str, norm: bool,
 ) -> None:  # fmt: skip
     """SAELens' own evaluation runs, all of it, and its CE at the positions that ours replaces is ours."""
-    sae, model = fitted(tiny_gpt2, windows, sae_type, norm)
-    save_checkpoint(sae, tmp_path / "sae")
-    theirs = SAE.load_from_disk(tmp_path / "sae")
+    sae, theirs, model = fitted(tiny_gpt2, windows, tmp_path / "sae", sae_type, norm)
     scalars, features = run_evals(
         theirs, store(theirs, hooked, tiny_text), hooked, ActivationScaler(),
         get_eval_everything_config(batch_size_prompts=4, n_eval_reconstruction_batches=2),
@@ -176,9 +175,8 @@ def test_sae_bench_core(
     tiny_gpt2: Path, windows: torch.Tensor, hooked: HookedSAETransformer, tiny_text: Path, tmp_path: Path,
     sae_type: str, norm: bool,
 ) -> None:  # fmt: skip
-    sae, _ = fitted(tiny_gpt2, windows, sae_type, norm)
-    save_checkpoint(sae, tmp_path / "sae")
-    _, theirs, _ = general_utils.load_and_format_sae("ours", SAE.load_from_disk(tmp_path / "sae"), "cpu")
+    _, theirs, _ = fitted(tiny_gpt2, windows, tmp_path / "sae", sae_type, norm)
+    _, theirs, _ = general_utils.load_and_format_sae("ours", theirs, "cpu")
     cfg = CoreEvalConfig(
         model_name="tiny", batch_size_prompts=4, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2,
         compute_kl=True, compute_ce_loss=True, compute_l2_norms=True, compute_sparsity_metrics=True,
