@@ -101,7 +101,7 @@ def parse(words: list[str]) -> Options:
         raise ValueError(f"{sweep}: give it no other word")
     if sweep not in SWEEPS:
         near = _near(sweep, (*SWEEPS, *TEXTS))
-        raise ValueError(f"sweep = {sweep!r}: {near}give one of {', '.join(SWEEPS)}")
+        raise ValueError(f"sweep = {sweep!r}: {near}give one of {', '.join((*SWEEPS, *TEXTS))}")
     if known.overrides is not None:
         if len(known.overrides) != 1:
             raise ValueError("--overrides: give it one YAML or JSON file")
@@ -269,13 +269,12 @@ def _value(word: object, name: str) -> object:
     """A word as a value of the field, or as it is for Config to refuse in one line. YAML 1.1 has 1e-3 as a word too."""
     kinds = _kinds(name)
     for value in (None, True, False):
-        if word == str(value) and type(value) in kinds:
+        if str(word).lower() == str(value).lower() and type(value) in kinds:
             return value
-    for kind in (int, float):
-        if kind in kinds and isinstance(word, str):
-            with contextlib.suppress(ValueError):
-                return kind(word)
-    return word
+    if isinstance(word, str) and {int, float} & set(kinds):
+        with contextlib.suppress(ValueError):
+            word = float(word) if set(word) & set(".eE") else int(word)
+    return int(word) if isinstance(word, float) and word.is_integer() and int in kinds else word
 
 
 assert {name for names in field_groups().values() for name in names} == {f.name for f in fields(Config)}

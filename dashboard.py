@@ -108,7 +108,7 @@ def activations(
     """The SAE's activations as in evaluation, at the ordinary positions, a few whole windows at a time."""
     at_a_time = max(1, DENSE_NUMBERS // (tokens.shape[1] * sae.cfg.dict_size))
     device, first = sae.W_dec.device, 0
-    for batch in tqdm(tokens.split(min(sae.cfg.model_batch_size, at_a_time)), disable=None, leave=False):
+    for batch in tqdm(tokens.split(min(sae.cfg.model_batch_size, at_a_time)), desc="text", disable=None, leave=False):
         places = ordinary_positions(batch, model.tokenizer).flatten().nonzero().squeeze(1)
         if len(places):
             x = record(model, batch.to(model.W_U.device), sae.cfg.hook_point).flatten(0, 1)

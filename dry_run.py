@@ -37,7 +37,6 @@ STEP_ROWS, DENSE_ROWS, EVAL_LOGITS = 16, 5, 10  # tensors alive at once: [batch,
 def describe(cfgs: list[Config]) -> Iterator[str]:
     """Lines of at most 80 columns, each of them when it is known. Raises ValueError where a run would, early."""
     disable_progress_bar()
-    huggingface_hub.constants.HF_HUB_OFFLINE = True  # a newer version is not fetched either
     is_known = {cfg.model_name: _is_known(cfg.model_name) for cfg in cfgs}
     cfgs = [check_model(cfg) if is_known[cfg.model_name] else cfg for cfg in cfgs]
     for cfg in {c.dataset_path: c for c in cfgs}.values():
@@ -161,7 +160,9 @@ def _time(groups: list[list[Config]]) -> Iterator[str]:
     yield _line("time", f"about {_duration(sum(total.values()))} {where}")
     for name, part in total.items():
         yield f"{_duration(part):>20}  {name}"
-    yield _line("", f"Assumed: no dead latents, {L0} active ones a token in Vanilla and JumpReLU.")
+    decide = {"vanilla", "jumprelu"} & {cfg.sae_type for cfg in timed}
+    active = f", {L0} active ones a token in Vanilla and JumpReLU" if decide else ""
+    yield _line("", f"Assumed: no dead latents{active}.")
 
 
 def _start_seconds() -> float:

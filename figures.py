@@ -48,16 +48,18 @@ class Panels(NamedTuple):
 
 
 def plot_pareto(df: pd.DataFrame) -> Figure:
-    """Explained variance, and the share of cross-entropy recovered, against L0; a line per type and dict_size.
+    """Explained variance, and the share of cross-entropy recovered, against L0; lines join what may be compared: SAEs
+    that differ in their setting alone.
 
     Colours are types; markers and dashes are dict_sizes where there are several, the most frequent one solid.
-    A line joins all rows of its type and dict_size, so give SAEs that may be compared. SAEs without an evaluation, with
-    numbers that are not finite or with an L0 of 0 are left out. Raises ValueError when none remains.
+    SAEs without an evaluation, with numbers that are not finite or with an L0 of 0 are left out. Raises ValueError when
+    none remains.
     """
     panels = {"explained_variance": "Explained variance (share)", "ce_recovered": "CE recovered (share)"}
     df = df[np.isfinite(df[["l0", *panels]]).all(axis=1) & (df["l0"] > 0)].sort_values("l0")
     if df.empty:
         raise ValueError("nothing to plot: no SAE has an evaluation with finite numbers and an L0 above 0")
+    alike = [field for field in (*TOLD_APART, "dataset_path") if field in df and field not in ("run", "dict_size")]
     widths = sorted(df["dict_size"].unique())
     several = len(widths) > 1
     markers = dict(zip(widths if several else TYPES, cycle(MARKERS)))
@@ -66,7 +68,7 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
 
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(1, 2), panels.items()):
-        for (sae_type, width), saes in df.groupby(["sae_type", "dict_size"]):
+        for (sae_type, width, *_), saes in df.groupby(["sae_type", "dict_size", *alike], dropna=False):
             name, colour = TYPES[sae_type]
             style = dict(color=colour, marker=markers[width if several else sae_type], linestyle=dashes[width])
             axes.plot(saes["l0"], saes[metric], label=f"{name} {width}", **style, **look)
@@ -133,8 +135,9 @@ def plot_density(df: pd.DataFrame, densities: Sequence[Float[np.ndarray, "dict_s
     """Histograms of how often latents fire: one array for each row of the table, from evaluation.feature_density.
 
     A latent's density is the share of tokens at which it fires; those that never do have no place on the axis, so the
-    legend gives their share of all. Raises ValueError when no latent fires.
+    legend gives their share of all. Raises ValueError when no latent fires, or there is not one array for each row.
     """
+    _check_one_each(df, densities)
     lowest = min((d[d > 0].min() for d in densities if (d > 0).any()), default=None)
     if lowest is None:
         raise ValueError("nothing to plot: no latent fires")
@@ -153,7 +156,9 @@ def plot_cosines(df: pd.DataFrame, cosines: Sequence[Float[np.ndarray, "latents"
     """Histograms of the cosine between each latent's decoder row and the nearest other one.
 
     One array for each row of the table, from evaluation.nearest_cosines. Two latents at 1 are the same direction twice.
+    Raises ValueError when there is not one for each.
     """
+    _check_one_each(df, cosines)
     edges = np.linspace(min(0.0, *(c.min() for c in cosines)), 1, BINS + 1)
     figure, _ = _histograms(df, cosines, edges, _labels(df), "Cosine to nearest")
     return figure
@@ -194,6 +199,11 @@ def _style(axes: Axes) -> None:
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _check_one_each(df: pd.DataFrame, arrays: Sequence[np.ndarray]) -> None:
+    if not len(df) == len(arrays) > 0:
+        raise ValueError(f"df = {len(df)} rows, and {len(arrays)} arrays: give one array for each row, and some")
 
 
 def _dashes(df: pd.DataFrame) -> dict[int, str]:

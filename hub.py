@@ -56,7 +56,7 @@ def push_to_hub(
             api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=root, commit_message=f"SAE {folder}")
         except Exception as error:  # of a service out of our hands
-            remedy = "run `hf auth login` with a token that may write"
+            remedy = "it takes a network, and `hf auth login` with a token that may write"
             raise ValueError(f"{repo_id}: not pushed to the Hub ({one_line(error)}); {remedy}") from None
     return f"{api.endpoint}/{repo_id}/tree/main/{folder}"
 

@@ -1,6 +1,5 @@
 """Train the sparse autoencoders of a sweep: python main.py --help."""
 
-import logging
 import os
 import signal
 import sys
@@ -12,10 +11,12 @@ from typing import Any
 
 import cli
 
-if __name__ == "__main__" and (answer := cli.answer(sys.argv[1:])):  # before torch is imported, which takes a second
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # what is piped into `head` ends there
-    print(answer)
-    sys.exit()
+if __name__ == "__main__":  # before torch is imported, which takes a second
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if answer := cli.answer(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # what is piped into `head` ends there
+        print(answer)
+        sys.exit()
 
 import ranks
 from config import Config, by_stream
@@ -75,10 +76,11 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
     Goes on where the folder's last run stopped, if there was one. Processes of torchrun all call this. Raises what
     `training.train` does.
     """
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are a line each
+    from huggingface_hub.utils.logging import set_verbosity_error  # late: a mistake is answered at once
+
+    set_verbosity_error()  # retries are a line each
     cfgs = check(cfgs)
 
-    # Imported late: a mistake is answered at once.
     from transformers.utils.logging import disable_progress_bar
 
     import results
@@ -87,9 +89,14 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
 
     disable_progress_bar()
     progress = load_progress(folder)
+    groups = by_stream(cfgs)
+    if folder.exists() and progress == {"group": 0}:
+        print("no state was saved: from the beginning", flush=True)
+    if progress["group"] == len(groups):
+        print("it had ended", flush=True)
     begun, stopped, own = progress["group"], None, ranks.own(cfgs)
     try:
-        for index, group in list(enumerate(by_stream(cfgs)))[begun:]:
+        for index, group in list(enumerate(groups))[begun:]:
             state = progress if index == begun and "step" in progress else None
             if trained_here := [cfg for cfg in group if cfg in own]:
                 _train_group(trained_here, index, folder, state, should_stop, lambda: begin_sweep(folder, cfgs))
@@ -117,8 +124,13 @@ def estimate(cfgs: list[Config]) -> None:
     """Print what a run would be."""
     if ranks.world_size() > 1:
         raise ValueError("--dry-run: it estimates one process; give it without torchrun")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     check_machine(cfgs)
+    import huggingface_hub.constants
+
     from dry_run import describe
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # a newer version of the model is not fetched either
 
     for line in describe(cfgs):
         print(line, flush=True)
@@ -157,11 +169,23 @@ def _how_to_go_on(folder: Path) -> str:
     return f"to go on: {program} main.py --resume {folder}"
 
 
+def _saved(folder: Path | None) -> str:
+    """How to go on, where a state was saved."""
+    return _how_to_go_on(folder) if folder is not None and any(folder.glob("resume*.safetensors")) else ""
+
+
 class StopAfterStep:
-    """While active, SIGTERM and the first Ctrl-C only set `asked`; the second Ctrl-C stops at once."""
+    """While active, says after each step whether SIGTERM or Ctrl-C asked to stop.
+
+    Ctrl-C before the first step, where there is nothing to save, and a second one stop at once: KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.has_begun = False
+
+    def __call__(self) -> bool:
+        self.has_begun = True
+        return self.asked
 
     def __enter__(self) -> "StopAfterStep":
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -172,7 +196,7 @@ class StopAfterStep:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        if self.asked and number == signal.SIGINT:
+        if number == signal.SIGINT and (self.asked or not self.has_begun):
             raise KeyboardInterrupt
         self.asked = True
         if ranks.world_rank() == 0:
@@ -200,12 +224,13 @@ def main() -> None:
         ranks.start(cfgs[0].share, cfgs[0].torch_device)
         folder = Path(ranks.from_first(str(folder)))
         with StopAfterStep() as stop:
-            run(cfgs, folder, lambda: stop.asked)
+            run(cfgs, folder, stop)
     except KeyboardInterrupt:
+        if ranks.world_rank() == 0:
+            print(f"main.py: stopped at once; {_saved(folder) or 'no state was saved'}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
-        saved = isinstance(error, OSError) and folder is not None and any(folder.glob("resume*.safetensors"))
-        hint = f"; {_how_to_go_on(folder)}" if saved else ""
+        hint = f"; {saved}" if isinstance(error, OSError) and (saved := _saved(folder)) else ""
         process = f"rank {ranks.world_rank()}: " if ranks.world_size() > 1 else ""
         print(f"main.py: {process}{' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)

@@ -274,7 +274,7 @@ def _download(source: str) -> Path:
     try:
         cache = snapshot_download(repo, allow_patterns=[AE_CONFIG, *(prefix + name for name in FILES)])
     except Exception as error:  # of a service out of our hands
-        raise ValueError(f"{source}: cannot be loaded from the Hub ({one_line(error)})") from None
+        raise ValueError(f"{source}: no such folder, and not loaded from the Hub ({one_line(error)})") from None
     return Path(cache) / folder
 
 

@@ -8,11 +8,15 @@ python results.py dashboard <checkpoint>   a page with the latents of an SAE
 import json
 import math
 import re
+import signal
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":  # before what takes seconds to import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import pandas as pd
@@ -213,9 +217,14 @@ def feature_dashboard(
 
 def dashboard(options: Namespace) -> None:
     """The page of the latents of one SAE, from the folder of a checkpoint or the Hub."""
+    from huggingface_hub.utils.logging import set_verbosity_error
+    from transformers.utils.logging import disable_progress_bar
+
     from config import Config
     from pretrained import load_pretrained
 
+    disable_progress_bar()
+    set_verbosity_error()  # retries are a line each
     device = Config().torch_device
     sae = load_pretrained(options.checkpoint, device, model_name=options.model_name, hook_name=options.hook_name)
     folder = Path(options.checkpoint)
@@ -238,8 +247,9 @@ def table(options: Namespace) -> None:
         folder = Path.cwd()
         figures = save_figures(df, folder)
     else:
-        folder = Path(options.source)
-        figures = save_figures(df, folder, load_history(folder, group=options.group), decoder_cosines(df))
+        source = Path(options.source)
+        folder = source / options.group if options.group and (source / options.group).is_dir() else source
+        figures = save_figures(df, folder, load_history(source, group=options.group), decoder_cosines(df))
     df.to_csv(folder / "results.csv", index=False)
     print(f"\nwritten in {folder}: results.csv and, as .png and .pdf,\n{', '.join(path.stem for path in figures[::2])}")
 
@@ -273,8 +283,6 @@ def dashboard_parser() -> Parser:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (ValueError, OSError, wandb.Error) as error:
         print(f"results.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

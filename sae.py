@@ -28,7 +28,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 import choose
 import ranks
 import sparse
-from config import Config, SaeType
+from config import Config, SaeType, setting
 from sparse import Selection, SparseLatents, Support
 
 NORM_EPS = 1e-5
@@ -102,6 +102,10 @@ class BaseAutoencoder(nn.Module):
         self._num_dead: tuple[Tensor, torch.cuda.Event] | None = None  # on a GPU: as counted by the last step
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
         self.register_buffer("input_scale", torch.ones(()))
+
+    def extra_repr(self) -> str:
+        cfg = self.cfg
+        return f"{cfg.act_size} -> {cfg.dict_size}, {setting(cfg)}, {cfg.model_name} {cfg.hook_point}"
 
     # ---- what a type says ----
 

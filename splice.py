@@ -9,6 +9,7 @@ At one hook and position, x [act_size] becomes
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -54,8 +55,8 @@ def splice(
     parameter needs a gradient. Nothing is detached, the error term neither: with it, gradients with respect to whatever
     comes before the hook are those of the model alone. SAEs encode as in evaluation, whatever their mode, and may lie
     on other devices than the model. On leaving, all is as it was, after an exception too.
-    Raises ValueError when two SAEs read one hook, the model has no such hook, `scale` or `add` names a latent that none
-    of the SAEs has, or `positions` has not the shape of the tokens.
+    Raises ValueError when what is given are no SAEs, two read one hook, the model has no such hook, `scale` or `add` is
+    not finite or names a latent that none of the SAEs has, or `positions` has not the shape of the tokens.
     """
     _check(model, saes, scale, add)
     latents: dict[str, Tensor] = {}
@@ -114,6 +115,8 @@ def _check(
 ) -> None:
     sizes: dict[str, int] = {}
     for sae in saes:
+        if not isinstance(sae, BaseAutoencoder):
+            raise ValueError(f"saes: a {type(sae).__name__} is none; give splice(model, sae) or splice(model, a, b)")
         name = sae.cfg.hook_point
         if name in sizes:
             raise ValueError(f"saes: two of them read {name}; give one per hook")
@@ -121,7 +124,12 @@ def _check(
             raise ValueError(f"saes: the model has no hook {name}; give an SAE that was trained on this model")
         sizes[name] = sae.cfg.dict_size
     for field, latents in (("scale", scale), ("add", add)):
-        for name, latent in latents:
+        for at, number in latents.items():
+            if not (isinstance(at, tuple) and len(at) == 2):
+                raise ValueError(f"{field} = {at!r}: no latent; give (hook, number), such as {(next(iter(sizes)), 17)}")
+            if not math.isfinite(number):
+                raise ValueError(f"{field} = {at}: {number}; give a finite number")
+            name, latent = at
             if name not in sizes:
                 raise ValueError(f"{field} = {name!r}: no SAE given reads this hook; give one of {', '.join(sizes)}")
             if not 0 <= latent < sizes[name]:

@@ -116,6 +116,18 @@ def cannot_read() -> None:
     ActivationsStore.next_batch = fail
 
 
+def fills_slowly() -> None:
+    """Before main.py: there is time before the first step."""
+    next_batch = ActivationsStore.next_batch
+    ActivationsStore.next_batch = lambda store: time.sleep(2) or next_batch(store)
+
+
+def slows_down_after_step_20() -> None:
+    """Before main.py: there is time within step 21."""
+    step = Trainer.step
+    Trainer.step = lambda trainer, x, number: time.sleep(5 * (number == 20)) or step(trainer, x, number)
+
+
 def reads_nan() -> None:
     next_batch, calls = ActivationsStore.next_batch, iter(range(1000))
 

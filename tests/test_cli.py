@@ -172,9 +172,10 @@ def test_every_option_is_completed(complete: Callable[[str], list[str]]) -> None
 # ---- files of overrides ----
 
 FILES = {
-    "a.yaml": "top_k: [4, 8]\nlr: 1e-3\nsae_type: topk\nact_size: null\ninput_unit_norm: no\nmodel_name: '7'\n",
+    "a.yaml": "top_k: [4, 8]\nlr: 1e-3\nsae_type: topk\nact_size: null\ninput_unit_norm: no\nmodel_name: '7'\n"
+    "num_tokens: 2e6",
     "a.json": '{\t"top_k": [4, 8], "lr": 1e-3, "sae_type": "topk", "act_size": null, "input_unit_norm": false,'
-    ' "model_name": "7"}',
+    ' "model_name": "7", "num_tokens": 2e6}',
 }
 
 
@@ -183,10 +184,24 @@ def test_a_file_is_as_its_options(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_text(FILES[name])
     words = ["--top-k", "4", "8", "--lr=0.001", "--sae-type=topk", "--act-size=None", "--input-unit-norm=False"]
-    words.append("--model-name=7")
+    words += ["--model-name=7", "--num-tokens=2e6"]
     options = cli.parse(["gpt2", f"--overrides={file}"])
     assert options.configs() == cli.parse(["gpt2", *words]).configs() and len(options.configs()) == 8
-    assert {type(value) for value in options.given["top_k"]} == {int} and options.given["lr"] == (0.001,)
+    assert options.given["top_k"] == (4, 8) and options.given["lr"] == (0.001,)
+    assert {type(value) for name in ("top_k", "num_tokens") for value in options.given[name]} == {int}
+
+
+@pytest.mark.parametrize(
+    "word, name, value",
+    [
+        ("2e6", "num_tokens", 2_000_000), ("9007199254740993", "seed", 2**53 + 1), (".5", "lr", 0.5), ("3", "lr", 3),
+        ("4.5", "top_k", 4.5), (True, "top_k", True), ("false", "input_unit_norm", False), ("none", "act_size", None),
+        ("none", "model_name", "none"), ("1e6", "model_name", "1e6"),
+    ],
+)  # fmt: skip
+def test_words_as_values(word: object, name: str, value: object) -> None:
+    found = cli._value(word, name)
+    assert (found, type(found)) == (value, type(value))
 
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:

@@ -26,6 +26,14 @@ from sae import BaseAutoencoder, build_sae
 FORK = multiprocessing.get_context("fork")
 
 
+def test_whoever_may_read_other_files_may_read_tensors(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    save_checkpoint(sae(0), tmp_path / "sae")
+    disk.save_state({"a": torch.zeros(2)}, tmp_path / "state")
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "other").stat().st_mode & 0o777}
+
+
 def sae(seed: int, dict_size: int = 4) -> BaseAutoencoder:
     return build_sae(Config(sae_type="topk", act_size=3, dict_size=dict_size, top_k=2, seed=seed, device="cpu"))
 

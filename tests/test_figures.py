@@ -105,6 +105,22 @@ def test_plot_has_a_line_per_width_told_apart() -> None:
     assert legend["TopK"].get_color() == lines["TopK 512"].get_color()
 
 
+def test_lines_join_what_differs_in_its_setting_alone() -> None:
+    df = frame(*(("topk", 2048, k, 0.5, 0.6) for k in (16.0, 32.0, 17.0, 33.0, 18.0)))
+    df["num_tokens"], df["dataset_path"] = [10, 10, 20, 20, 20], ["a", "a", "a", "a", "b"]
+    df["run"] = list("abcde")  # of an agent each
+    found = [list(line.get_xdata()) for line in plot_pareto(df).axes[0].lines]
+    assert sorted(found) == [[16, 32], [17, 33], [18]]
+
+
+def test_arrays_must_be_one_for_each_row() -> None:
+    df = frame(("topk", 2048, 9.0, 0.5, 0.6))
+    for plot in (plot_density, plot_cosines):
+        for rows, arrays in ((df, []), (df.iloc[:0], [np.ones(3)]), (df.iloc[:0], [])):
+            with pytest.raises(ValueError, match=rf"^df = {len(rows)} rows, and {len(arrays)} arrays: give one array"):
+                plot(rows, arrays)
+
+
 def test_plot_axes() -> None:
     figure = plot_pareto(frame(("topk", 2048, 9.0, 0.5, 0.6), ("topk", 2048, 120.0, 0.9, 0.95)))
     figure.draw_without_rendering()

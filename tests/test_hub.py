@@ -97,7 +97,7 @@ def test_a_folder_of_another_library_at_the_root_of_a_repository(hub: Hub, tmp_p
 @pytest.mark.parametrize(
     "source, says",
     [
-        ("someone/none", "someone/none: cannot be loaded from the Hub"),
+        ("someone/none", "someone/none: no such folder, and not loaded from the Hub"),
         ("someone/saes", "holds no SAE"),
         ("someone/saes:no/such", "holds no SAE"),
         ("runs/tiny/none/step-000195", "no such folder"),

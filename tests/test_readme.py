@@ -4,8 +4,10 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import cli
 import results
@@ -39,15 +41,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_python(here: Path) -> None:
-    """Each block goes on from the first."""
-    first: dict[str, object] = {}
-    exec(PYTHON[0], first)
-    assert first["latents"].shape == (*first["tokens"].shape, 64) and len(first["features"]) == 5
-    for block in PYTHON[1:]:
-        after = dict(first)
-        exec(block, after)
-        if "density" in block:
-            assert after["density"].sum() == pytest.approx(8, abs=1e-4)
+    """The blocks one after the other, as in a notebook."""
+    names: dict[str, Any] = {}
+    for block in PYTHON:
+        exec(block, names)
+    assert names["latents"].shape == (*names["tokens"].shape, 64) and len(names["features"]) == 5
+    assert not torch.equal(names["ablated"], names["logits"])
+    assert names["density"].sum() == pytest.approx(8, abs=1e-4)
     assert sorted(path.name for path in (here / "runs" / "<sweep>").glob("density.*")) == ["density.pdf", "density.png"]
 
 

@@ -111,14 +111,28 @@ def test_asked_to_stop_it_finishes_the_step_says_how_to_go_on_and_goes_on(
     assert resumed["out"].splitlines()[0].endswith(f" activations, on from step {step}")
     assert left_behind(folder) == untroubled[0]
     again = fork("--resume", str(relative), cwd=cwd)
-    assert again["rc"] == 0 and again["out"] == "\n" + resumed["out"].partition("\n\n")[2]
+    assert again["rc"] == 0 and again["out"] == "it had ended\n\n" + resumed["out"].partition("\n\n")[2]
+
+
+def test_ctrl_c_before_the_first_step_stops_at_once(
+    fork: Run, place: Callable[[], Path], untroubled: tuple[dict, float]
+) -> None:
+    cwd = place()
+    done = fork(*SWEEP, cwd=cwd, signals=[["runs/*/*/metrics.jsonl", signal.SIGINT, 0]], before="fills_slowly")
+    assert (done["rc"], done["err"]) == (130, "main.py: stopped at once; no state was saved\n")
+    resumed = fork("--resume", str(sweep_folder(cwd)), cwd=cwd)
+    assert resumed["rc"] == 0 and resumed["out"].startswith("no state was saved: from the beginning\n4 SAEs on ")
+    assert left_behind(sweep_folder(cwd)) == untroubled[0]
 
 
 def test_ctrl_c_twice_stops_at_once(fork: Run, place: Callable[[], Path]) -> None:
     cwd = place()
-    slow = [*SWEEP, "--num-batches-in-buffer=4000"]  # whose first step takes seconds
-    done = fork(*slow, cwd=cwd, signals=[["runs/*/*/metrics.jsonl", signal.SIGINT, 0], ["runs", signal.SIGINT, 0]])
-    assert done["rc"] == 130 and "Traceback" not in done["err"] and "stopped" not in done["out"]
+    twice = [["runs/*/*/step-000020", signal.SIGINT, 0], ["runs", signal.SIGINT, 0]]
+    done = fork(*SWEEP, cwd=cwd, signals=twice, before="slows_down_after_step_20")
+    folder = sweep_folder(cwd).relative_to(cwd)
+    first = "\nstopping after this step; Ctrl-C again stops at once\n"
+    assert done["rc"] == 130 and "stopped" not in done["out"]
+    assert done["err"] == f"{first}main.py: stopped at once; to go on: python main.py --resume {folder}\n"
 
 
 def test_without_room_on_the_disk_it_says_what_is_needed_and_can_go_on_later(

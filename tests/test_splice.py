@@ -383,5 +383,12 @@ def test_errors_of_the_user(make: Callable, model: TransformerBridge) -> None:
             with pytest.raises(ValueError, match=f"{latent}: .*0 to 63"), splice(model, sae, **edit):
                 pass
     far = build_sae(Config(layer=7, act_size=16, dict_size=64, device="cpu"))
+    with pytest.raises(ValueError, match=r"^saes: a list is none; give splice\(model, sae\)"), splice(model, [sae]):
+        pass
+    for field in ("scale", "add"):
+        with pytest.raises(ValueError, match=rf"^{field} = 17: no latent; give \(hook, number\)"):
+            splice(model, sae, **{field: {17: 0.0}}).__enter__()
+        with pytest.raises(ValueError, match=rf"^{field} = .*17\): nan; give a finite number"):
+            splice(model, sae, **{field: {(PRE, 17): float("nan")}}).__enter__()
     with pytest.raises(ValueError, match=r"no hook blocks\.7\.hook_resid_pre"), splice(model, far):
         pass
