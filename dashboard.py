@@ -365,7 +365,8 @@ def page(
         "maxima": _digits(statistics.maxima),
         "means": _digits(statistics.means),
         "top": [index[of_latent[:TABLE_TOKENS]].tolist() for of_latent in top],
-        "promoted": None if effects is None else index[effects.promoted[:, :TABLE_TOKENS]].tolist(),
+        "promoted": None if effects is None else index[effects.promoted].tolist(),
+        "shown": TABLE_TOKENS,
     }
     histograms, (nearest, cosines) = statistics.histograms.tolist(), (n.tolist() for n in neighbours)
     if effects is not None:

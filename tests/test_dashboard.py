@@ -247,6 +247,10 @@ def test_page_of_every_type_and_site(
     window, peak, band, *levels = latents[fired]["contexts"][0]
     assert band == -1 and dict(zip(levels[::2], levels[1::2]))[peak] == LEVELS
     assert table["ids"][page["windows"][window][0]] == model.tokenizer.eos_token_id
+    for j, latent in enumerate(latents):
+        peaks = [page["windows"][window][peak] for window, peak, band, *_ in latent["contexts"] if band < 0]
+        most = sorted(set(peaks), key=lambda i: (-peaks.count(i), peaks.index(i)))
+        assert table["top"][j] == most[: dashboard.TABLE_TOKENS]
     shown = "".join(table["strings"][i] for i in page["windows"][window])
     assert shown == model.tokenizer.decode([table["ids"][i] for i in page["windows"][window]])
 
@@ -401,6 +405,7 @@ def wait_for(page: WebDriver, opened: int | None) -> None:
 def test_table_sorts_by_every_column(visit: Open, html: Path) -> None:
     page, table = visit(), read_page(html)["table"]
     by_number = list(range(300))
+    fired = [j for j in by_number if table["counts"][j]]
     assert latents_shown(page)[:12] == by_number[:12]
     assert len(latents_shown(page)) < 60  # the rows in sight alone
     for key, values, down in [("density", table["counts"], True), ("max", table["maxima"], True)]:
@@ -408,13 +413,15 @@ def test_table_sorts_by_every_column(visit: Open, html: Path) -> None:
         for descending in (down, not down):
             head.find_element(By.TAG_NAME, "button").click()
             assert head.get_attribute("aria-sort") == ("descending" if descending else "ascending")
-            expected = sorted(by_number, key=lambda j: -values[j] if descending else values[j])
+            expected = sorted(fired, key=values.__getitem__, reverse=descending)
             assert latents_shown(page)[:12] == expected[:12]
         assert page.execute_script("return document.querySelectorAll('[aria-sort]').length") == 1
     page.find_element(By.CSS_SELECTOR, "th[data-key=top] button").click()
     page.find_element(By.CSS_SELECTOR, "th[data-key=top] button").click()
-    first = [table["strings"][tokens[0]].strip().lower() if tokens else "\uffff" for tokens in table["top"]]
-    assert latents_shown(page)[:30] == sorted(by_number, key=lambda j: first[j], reverse=True)[:30]
+    first = {j: table["strings"][table["top"][j][0]].strip().lower() for j in fired}
+    assert latents_shown(page)[:30] == sorted(fired, key=lambda j: first[j], reverse=True)[:30] and len(fired) < 300
+    page.execute_script("document.getElementById('scroll').scrollTop = 1e9")
+    WebDriverWait(page, 10).until(lambda _: latents_shown(page)[-1] == max(set(by_number) - set(fired)))
 
 
 def test_scrolling_draws_the_rows_in_sight(visit: Open) -> None:
@@ -436,8 +443,18 @@ def test_search(visit: Open, html: Path) -> None:
     ]  # fmt: skip
     assert latents_shown(page) == expected[: len(latents_shown(page))] and 0 < len(expected) < 300
     assert texts(page, "#found") == [f"{len(expected)} of 300"]
-    press_in.send_keys(Keys.ESCAPE, "#17")
+    press_in.send_keys(Keys.ESCAPE, " #17 ")
     assert latents_shown(page) == [17]
+    spaced = next(s for s in (table["strings"][i] for i in table["promoted"][3]) if s.startswith(" ") and len(s) > 2)
+    press_in.send_keys(Keys.ESCAPE, "·" + spaced[1:])  # as the page writes it
+    assert latents_shown(page) and all(
+        any(spaced.lower() in table["strings"][i].lower() for i in table["top"][j] + table["promoted"][j])
+        for j in latents_shown(page)
+    )
+    press_in.send_keys(Keys.ESCAPE, "⇥␀")
+    assert latents_shown(page) == [] and texts(page, "#found") == ["0 of 300"]
+    press_in.send_keys(Keys.ESCAPE, "↵⇥")
+    assert 0 in latents_shown(page)
     press_in.send_keys(Keys.ESCAPE, "<b>nothing</b>")
     assert latents_shown(page) == [] and "<b>nothing</b>" in texts(page, "#rows")[0]
 
@@ -481,6 +498,110 @@ def test_a_latent_shows_all_that_is_known_of_it(visit: Open, html: Path) -> None
     assert f"activation {table['maxima'][j]:.3g}"[:12] in told
     first.click()
     assert first.get_attribute("aria-expanded") == "false" and not texts(page, ".whole")
+
+
+def number(text: str) -> float:
+    return float(text.replace("\N{MINUS SIGN}", "-").replace(",", "").removesuffix("%"))
+
+
+def numbers(page: WebDriver, selector: str) -> list[float]:
+    return [number(text) for text in texts(page, selector)]
+
+
+def test_every_number_on_the_page_is_that_of_the_data(visit: Open, html: Path) -> None:
+    """To the digits that are shown."""
+    data = read_page(html)
+    table, page = data["table"], visit()
+    assert dict(zip(texts(page, "#facts dt"), texts(page, "#facts dd")))["L0"] == (
+        f"{sum(table['counts']) / table['tokens']:.1f}"
+    )
+    for cells, latent in zip(page.find_elements(By.CSS_SELECTOR, "#rows .latent"), latents_shown(page)):
+        density, largest = (cells.find_element(By.CSS_SELECTOR, f".col-{name}").text for name in ("density", "max"))
+        if table["counts"][latent]:
+            assert number(density) == pytest.approx(100 * table["counts"][latent] / table["tokens"], rel=0.06)
+            assert number(largest) == pytest.approx(table["maxima"][latent], rel=0.006)
+        else:
+            assert (density, largest) == ("never", "\N{EN DASH}")
+
+    j = max(range(256), key=lambda j: len(data["latents-0"][j]["contexts"]))
+    latent, page = data["latents-0"][j], visit(f"#latent-{j}")
+    wait_for(page, j)
+    count, maximum = table["counts"][j], table["maxima"][j]
+    lines = "[...e.childNodes].map((n) => n.textContent)"
+    said = page.execute_script(f"return [...document.querySelectorAll('.numbers dd')].map((e) => {lines})")
+    (density, one_in), (fires, of), (largest, *_), (mean, *_) = said
+    assert number(density) == pytest.approx(100 * count / table["tokens"], rel=0.06)
+    assert one_in == f"1 token in {round(table['tokens'] / count):,}"
+    assert (fires, of) == (f"{count:,}", f"of {table['tokens']:,} tokens")
+    assert number(largest) == pytest.approx(maximum, rel=0.006)
+    assert number(mean) == pytest.approx(table["means"][j], rel=0.006) != pytest.approx(maximum, rel=0.1)
+    for name, (_, logits) in zip(("up", "down"), latent["effects"]):
+        assert numbers(page, f".{name} .number") == pytest.approx(logits, abs=0.0051)
+    assert latent["effects"][0][1][0] > 0 > latent["effects"][1][1][0]
+    cosines = latent["nearest"][1]
+    assert numbers(page, ".nearest .number") == pytest.approx(cosines, abs=0.0051) and cosines[0] > cosines[-1]
+
+    sections = page.find_elements(By.CSS_SELECTOR, ".contexts")
+    for section, band in zip(sections, [-1, *reversed(range(BANDS))], strict=True):
+        of_band = [dict(zip(c[3::2], c[4::2]))[c[1]] / LEVELS * maximum for c in latent["contexts"] if c[2] == band]
+        shown = [number(e.text) for e in section.find_elements(By.CSS_SELECTOR, ".value")]
+        assert shown == pytest.approx(of_band, rel=0.006)
+
+
+def test_hovering_and_tabbing_tell_each_token_s_activation(visit: Open, html: Path) -> None:
+    data = read_page(html)
+    table, piece = data["table"], data["latents-0"]
+    j, n = next(
+        (j, n)
+        for j, latent in enumerate(piece)
+        for n, c in enumerate(latent["contexts"])
+        if any(level < 900 for level in c[4::2]) and len(c) > 7
+    )
+    page, context = visit(f"#latent-{j}"), piece[j]["contexts"][n]
+    wait_for(page, j)
+    button = page.find_elements(By.CSS_SELECTOR, ".context")[n]
+    page.execute_script("arguments[0].focus()", button)
+    press(page, Keys.ENTER)
+    levels = dict(zip(context[3::2], context[4::2]))
+    whole = page.find_elements(By.CSS_SELECTOR, ".whole .token")
+    assert len(whole) == len(data["windows"][context[0]]) - 1
+    tip = page.find_element(By.ID, "tip")
+    for position, level in sorted(levels.items()):
+        press(page, Keys.TAB)
+        focused = page.switch_to.active_element
+        assert focused == whole[position - 1]
+        told = f"activation (\\S+), {round(100 * level / LEVELS)}% of max"
+        WebDriverWait(page, 10).until(lambda _: tip.is_displayed())
+        by_key = re.search(told, tip.text)
+        assert number(by_key[1]) == pytest.approx(level / LEVELS * table["maxima"][j], rel=0.006)
+        webdriver.ActionChains(page).move_to_element(focused).perform()
+        assert re.search(told, tip.text)[1] == by_key[1]
+    silent = next(p for p in range(1, len(whole) + 1) if p not in levels)
+    webdriver.ActionChains(page).move_to_element(whole[silent - 1]).perform()
+    assert "does not fire" in tip.text
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_focus_stays_in_the_latent(visit: Open, width: int) -> None:
+    page = visit("#latent-1", width)
+    wait_for(page, 1)
+    page.execute_script("document.querySelector('.bar button:nth-of-type(2)').focus()")
+    for latent in (2, 3):
+        press(page, Keys.ENTER)
+        wait_for(page, latent)
+        assert page.switch_to.active_element.get_attribute("title") == "Next latent (j)"
+    page.execute_script("document.querySelector('.context').focus()")
+    for latent in (4, 5):
+        press(page, "j")
+        wait_for(page, latent)
+        assert page.execute_script("return document.activeElement.id") == "detail"
+    if width == 390:  # the table is behind
+        webdriver.ActionChains(page).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+        assert page.execute_script("return document.activeElement.closest('#list')") is None
+        press(page, Keys.ESCAPE)
+        wait_for(page, None)
+        press(page, "k")
+        assert page.switch_to.active_element.get_attribute("hash") == "#latent-4"
 
 
 def test_keyboard_alone(visit: Open) -> None:
@@ -529,6 +650,8 @@ def test_text_never_becomes_html(visit: Open) -> None:
     assert "·a↵⇥␀⟨202E⟩b" in promoted
     assert any(HOSTILE in text for text in texts(page, "#facts dd"))
     assert page.execute_script("return document.images.length") == 0
+    policy = page.find_element(By.CSS_SELECTOR, "meta[http-equiv='Content-Security-Policy']").get_attribute("content")
+    assert policy.split(";")[0] == "default-src 'none'"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
