@@ -56,7 +56,7 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
     none remains.
     """
     panels = {"explained_variance": "Explained variance (share)", "ce_recovered": "CE recovered (share)"}
-    df = df[np.isfinite(df[["l0", *panels]]).all(axis=1) & (df["l0"] > 0)].sort_values("l0")
+    df = _evaluated(df).sort_values("l0")
     if df.empty:
         raise ValueError("nothing to plot: no SAE has an evaluation with finite numbers and an L0 above 0")
     alike = [field for field in (*TOLD_APART, "dataset_path") if field in df and field not in ("run", "dict_size")]
@@ -108,16 +108,18 @@ def plot_training(df: pd.DataFrame, history: pd.DataFrame) -> Figure:
     metrics = {"loss": "Loss", "explained_variance": "Expl. variance", "l0": "L0"}
     figure, panels = _over_training(df, history, metrics)
     loss, variance, l0 = next(iter(panels.values()))
-    loss.set_yscale("log")
-    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-    loss.yaxis.set_minor_locator(NullLocator())
-    loss.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if max(axes.dataLim.y1 for axes, *_ in panels.values()) > 0:
+        loss.set_yscale("log")
+        loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        loss.yaxis.set_minor_locator(NullLocator())
+        loss.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     shown = [axes.dataLim for _, axes, _ in panels.values()]
     lowest, highest = min(box.y0 for box in shown), max(box.y1 for box in shown)
     if lowest < 0 < highest:
         variance.set_ylim(0, 1.05 * highest)
-    l0.set_yscale("log", base=2)
-    l0.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if max(axes.dataLim.y1 for *_, axes in panels.values()) > 0:
+        l0.set_yscale("log", base=2)
+        l0.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return figure
 
 
@@ -143,7 +145,7 @@ def plot_density(df: pd.DataFrame, densities: Sequence[Float[np.ndarray, "dict_s
         raise ValueError("nothing to plot: no latent fires")
     decades = max(1, -math.floor(math.log10(lowest)))
     edges = np.logspace(-decades, 0, BINS_PER_DECADE * decades + 1)
-    labels = [f"{label}, {(d == 0).mean():.0%} never" for label, d in zip(_labels(df), densities)]
+    labels = [f"{label}, {(d == 0).mean():.0%} never" for label, d in zip(row_labels(df), densities)]
     figure, panels = _histograms(df, densities, edges, labels, "Share of tokens")
     axes = next(iter(panels.values()))[0]
     axes.set_xscale("log")
@@ -160,7 +162,7 @@ def plot_cosines(df: pd.DataFrame, cosines: Sequence[Float[np.ndarray, "latents"
     """
     _check_one_each(df, cosines)
     edges = np.linspace(min(0.0, *(c.min() for c in cosines)), 1, BINS + 1)
-    figure, _ = _histograms(df, cosines, edges, _labels(df), "Cosine to nearest")
+    figure, _ = _histograms(df, cosines, edges, row_labels(df), "Cosine to nearest")
     return figure
 
 
@@ -172,12 +174,13 @@ def save_figures(
 ) -> list[Path]:
     """Write pareto and, from a history, training and dead and, from cosines, cosines, as .png and .pdf; returns paths.
 
-    cosines: one for each row of df, None for one without a checkpoint. The folder must exist.
+    cosines: one for each row of df, None for one without a checkpoint. The folder must exist. Figures in which there
+    would be nothing yet are left out.
     """
-    figures = {"pareto": plot_pareto(df)}
-    if history is not None:
+    figures = {} if _evaluated(df).empty else {"pareto": plot_pareto(df)}
+    if history is not None and not _with_history(df, history).empty:
         figures |= {"training": plot_training(df, history), "dead": plot_dead(df, history)}
-    if known := [i for i, c in enumerate(cosines) if c is not None]:
+    if known := [i for i, c in enumerate(cosines) if c is not None and len(c)]:
         figures["cosines"] = plot_cosines(df.iloc[known], [cosines[i] for i in known])
     return [path for name, figure in figures.items() for path in save_figure(figure, folder, name)]
 
@@ -201,6 +204,17 @@ def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _evaluated(df: pd.DataFrame) -> pd.DataFrame:
+    """The rows with an evaluation that has a place among the Pareto fronts."""
+    metrics = ["l0", "explained_variance", "ce_recovered"]
+    return df[np.isfinite(df[metrics]).all(axis=1) & (df["l0"] > 0)]
+
+
+def _with_history(df: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
+    known = set(zip(history["run"], history["name"]))
+    return df[[key in known for key in zip(df["run"], df["name"])]]
+
+
 def _check_one_each(df: pd.DataFrame, arrays: Sequence[np.ndarray]) -> None:
     if not len(df) == len(arrays) > 0:
         raise ValueError(f"df = {len(df)} rows, and {len(arrays)} arrays: give one array for each row, and some")
@@ -211,9 +225,10 @@ def _dashes(df: pd.DataFrame) -> dict[int, str]:
     return dict(zip(df["dict_size"].value_counts().index, cycle(DASHES)))
 
 
-def _labels(df: pd.DataFrame) -> list[str]:
-    """A name for each row, among those of its type: the setting, and the fields in which they differ."""
-    values = df.groupby("sae_type")[[field for field in TOLD_APART if field in df]].nunique(dropna=False)
+def row_labels(df: pd.DataFrame, but: Sequence[str] = ()) -> list[str]:
+    """A name for each row, among those of its type: the setting, and the fields in which they differ, without `but`."""
+    fields = [field for field in TOLD_APART if field in df and field not in but]
+    values = df.groupby("sae_type")[fields].nunique(dropna=False)
     return [
         ", ".join(
             [setting(sae), *(TOLD_APART[f].format(getattr(sae, f)) for f in values if values.at[sae.sae_type, f] > 1)]
@@ -278,10 +293,10 @@ def _panels(df: pd.DataFrame, y_labels: Sequence[str], x_label: str, labels: Seq
 def _over_training(df: pd.DataFrame, history: pd.DataFrame, metrics: dict[str, str]) -> Panels:
     """Panels of metrics, name -> y label: "train/..." as lines, "eval/..." as dots."""
     curves = dict(list(history.groupby(["run", "name"])))
-    df = df[[key in curves for key in zip(df["run"], df["name"])]]
+    df = _with_history(df, history)
     if df.empty:
         raise ValueError("nothing to plot: no SAE of the table has a line of metrics")
-    figure, panels = _panels(df, list(metrics.values()), "Training activations", _labels(df), 1.3)
+    figure, panels = _panels(df, list(metrics.values()), "Training activations", row_labels(df), 1.3)
     dots = dict(linestyle="", marker="o", markersize=3)
     for sae, line in zip(df.itertuples(), _lines(df)):
         curve = curves[sae.run, sae.name]

@@ -10,6 +10,7 @@ The address and the token are huggingface_hub's: HF_ENDPOINT, and `hf auth login
 """
 
 import copy
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,13 @@ from huggingface_hub import HfApi
 
 from config import Config
 from errors import one_line
+from figures import TYPES, row_labels
 from logs import save_checkpoint
 from pretrained import load_pretrained, repo_and_folder
-from results import METRICS, TYPES, load_results
+from results import METRICS, load_results
 from sae import BaseAutoencoder
+
+SAME = ["model_name", "layer", "site", "dataset_path"]  # of SAEs whose metrics may be compared
 
 
 def push_to_hub(
@@ -36,18 +40,19 @@ def push_to_hub(
 ) -> str:
     """Put the SAE into the Hub's repository "user/repo", made if there is none, in one commit; returns its address.
 
-    folder: where it lies in the repository; the SAE's name when not given.
+    folder: where it lies in the repository; the SAE's name when not given. Of folders and files of this machine, which
+    its Config may name, only their names are published.
     sweep: the folder of the sweep that trained it, such as runs/tiny-20261123-183000-417205; its metrics and its place
     on the Pareto front then stand on the card.
     Raises ValueError, one line, when the SAE is not of the sweep or the Hub refuses.
     """
-    folder = sae.cfg.name if folder is None else folder
+    public = copy.copy(sae)
+    public.cfg = _public(sae.cfg)
+    folder = public.cfg.name if folder is None else folder
     repo_and_folder(f"{repo_id}:{folder}")
     card = model_card(sae, repo_id, folder, None if sweep is None else load_results(sweep))
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        public = copy.copy(sae)  # without the folders of this machine
-        public.cfg = replace(sae.cfg, output_dir=Config().output_dir, device=Config().device)
         save_checkpoint(public, root / folder)
         for place in (root, root / folder):
             (place / "README.md").write_text(card)
@@ -72,7 +77,7 @@ def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: pd.DataFr
     sweep: `load_results` of the runs it was trained with, where they are at hand.
     Raises ValueError when the SAE is not among them.
     """
-    cfg = sae.cfg
+    cfg = _public(sae.cfg)
     parts = [
         "---\nlibrary_name: saelens\ntags:\n- sparse-autoencoder\n- nn-decompositions\n---",
         f"# {cfg.name}",
@@ -84,22 +89,29 @@ def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: pd.DataFr
         f'sae = from_pretrained("{repo_id}", "{folder}")\n```',
     ]
     if sweep is not None:
-        rows = sweep[sweep["name"] == cfg.name]
+        rows = sweep[sweep["name"] == sae.cfg.name]
         if rows.empty or sweep["run"].nunique() > 1:
-            raise ValueError(f"sweep: not that of {cfg.name}, or several; give the folder of the one that trained it")
-        parts += ["## On held-out text", *_metrics_part(rows.iloc[0]), "## In its sweep", *_sweep_part(sweep, cfg.name)]
+            raise ValueError(
+                f"sweep: not that of {sae.cfg.name}, or several; give the folder of the one that trained it"
+            )
+        row = rows.iloc[0]
+        parts += ["## On held-out text", *_metrics_part(row)]
+        if not math.isnan(row["l0"]):
+            parts += ["## In its sweep", *_sweep_part(sweep[(sweep[SAME] == row[SAME]).all(axis=1)], sae.cfg.name)]
     fields = {name: value for name, value in cfg.to_dict().items() if name not in ("device", "output_dir")}
     parts += ["## Config", _markdown_table(["field", "value"], [[name, f"`{fields[name]}`"] for name in fields])]
     return "\n\n".join(parts) + "\n"
 
 
 def _metrics_part(row: pd.Series) -> list[str]:
+    if math.isnan(row["l0"]):
+        return ["Not evaluated yet."]
     table = _markdown_table(["metric", "value"], [[name, f"{row[name]:.6g}"] for name in METRICS])
     return [f"After {row['step']:,} steps, {row['tokens']:,} tokens; cross-entropies (ce) in nats per token.", table]
 
 
 def _sweep_part(sweep: pd.DataFrame, name: str) -> list[str]:
-    """Is it on the fronts, and all SAEs of the sweep."""
+    """Is it on the fronts of the sweep's SAEs of the same activations, and all of these."""
     wanted = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
     fronts = {metric: _on_front(sweep, metric) for metric in wanted}
     lines = [
@@ -107,8 +119,9 @@ def _sweep_part(sweep: pd.DataFrame, name: str) -> list[str]:
         for metric, label in wanted.items()
     ]
     rows = []
-    for index, row in sweep.iterrows():
-        label = f"**{row['name']}**" if row["name"] == name else row["name"]
+    for (index, row), label in zip(sweep.iterrows(), row_labels(sweep, but=["dict_size"])):
+        label = f"{TYPES[row['sae_type']][0]} {row['dict_size']}, {label}"
+        label = f"**{label}**" if row["name"] == name else label
         values = [f"{row[metric]:.4f}" + (" *" if fronts[metric][index] else "") for metric in wanted]
         rows.append([label, f"{row['l0']:.1f}", *values])
     return [" ".join(lines) + " Those that are have a star.", _markdown_table(["SAE", "L0", *wanted.values()], rows)]
@@ -122,5 +135,16 @@ def _on_front(sweep: pd.DataFrame, metric: str) -> pd.Series:
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _public(cfg: Config) -> Config:
+    """Without the folders of this machine: of a local model and of local texts the last name remains."""
+    names = {field: getattr(cfg, field) for field in ("model_name", "dataset_path")}
+    local = {field: Path(path).name for field, path in names.items() if _is_local(path)}
+    return replace(cfg, output_dir=Config().output_dir, device=Config().device, **local)
+
+
+def _is_local(path: str) -> bool:
+    return path.startswith(("/", "~", ".")) or "*" in path or Path(path).exists()

@@ -113,7 +113,7 @@ def load_pretrained(
 def _from_sae_lens(folder: Path, cfg: dict[str, Any]) -> tuple[dict, dict[str, Tensor]]:
     """github.com/decoderesearch/SAELens: `SAE.load_from_disk`. Before version 6 cfg.json was flat, with other names."""
     file = folder / CFG
-    metadata = cfg | (cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else {})
+    metadata = cfg | cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
     activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
     architecture, k = cfg.get("architecture", "standard"), cfg.get("k")
     if activation == "topk":
@@ -121,15 +121,19 @@ def _from_sae_lens(folder: Path, cfg: dict[str, Any]) -> tuple[dict, dict[str, T
         architecture, k = "topk", kwargs.get("k") if isinstance(kwargs, dict) else None
     _require(file, "architecture", architecture, SAE_LENS_TYPES)
     _require(file, "activation_fn", activation, ("relu", "topk"))
-    _require(file, "hook_head_index", metadata.get("hook_head_index"), (None,))
+    head = metadata.get("hook_head_index", metadata.get("hook_point_head_index"))
+    _require(file, "hook_head_index", head, (None,))
     norm = cfg.get("normalize_activations") or "none"
     norm = "expected_average_only_in" if norm is True else norm
     _require(file, "normalize_activations", norm, ("none", "layer_norm", "expected_average_only_in"))
     rescaled, subtracted = cfg.get("rescale_acts_by_decoder_norm", False), cfg.get("apply_b_dec_to_input", True)
-    _require(file, "rescale_acts_by_decoder_norm", rescaled, (True, False))
+    _require(file, "rescale_acts_by_decoder_norm", rescaled, (True, False) if "topk" in architecture else (False,))
     _require(file, "apply_b_dec_to_input", subtracted, (True, False))
     if processing := metadata.get("model_from_pretrained_kwargs"):
         warnings.warn(f"{file}: of a model loaded with {processing}; load_model gives raw weights", stacklevel=3)
+    elif metadata is cfg:
+        centred = "the model may have had center_writing_weights, which files of its time do not say"
+        warnings.warn(f"{file}: from before SAELens 6: {centred}; load_model gives raw weights", stacklevel=3)
 
     sae_type = SAE_LENS_TYPES[architecture]
     found = _renamed(_read_safetensors(folder / WEIGHTS), {"topk_threshold": "threshold"})
@@ -143,12 +147,19 @@ def _from_sae_lens(folder: Path, cfg: dict[str, Any]) -> tuple[dict, dict[str, T
     if not subtracted:
         tensors = _subtract_b_dec(tensors)
     fields = {
-        "model_name": metadata.get("model_name"),
+        "model_name": _official(metadata.get("model_name")),
         "hook_name": metadata.get("hook_name", metadata.get("hook_point")),
         "input_unit_norm": norm == "layer_norm",
     }
     known = {"seq_len": metadata.get("context_size"), "dataset_path": metadata.get("dataset_path")}
     return fields | {name: value for name, value in known.items() if value} | _sizes(sae_type, tensors, k), tensors
+
+
+def _official(model_name: object) -> object:
+    """Hugging Face's name of what TransformerLens, and so SAELens, calls "gpt2-small" or "pythia-70m-deduped"."""
+    from transformer_lens.supported_models import MODEL_ALIASES  # late: it takes seconds
+
+    return next((official for official, aliases in MODEL_ALIASES.items() if model_name in aliases), model_name)
 
 
 def _scaling_factor(folder: Path) -> float:
@@ -167,7 +178,7 @@ def _from_gemma_scope(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """Lieberum et al. 2024 (arXiv:2408.05147). Model and hook are in the names of the repository and its folders."""
     file = folder / NPZ
     path = f"{folder.absolute()}/"
-    if "transcoder" in path:
+    if re.search(r"gemma-scope-[^/]*transcoder", path):
         raise ValueError(f"{file}: a transcoder; SAEs alone are opened here")
     found = _read_npz(file)
     W_enc = found.get("W_enc", torch.empty(0))

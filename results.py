@@ -10,6 +10,7 @@ import math
 import re
 import signal
 import sys
+import textwrap
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,7 @@ import wandb
 from jaxtyping import Float
 
 from cli import Parser
-from config import setting
-from figures import TYPES, plot_pareto, save_figures
+from figures import TYPES, plot_pareto, row_labels, save_figures
 
 __all__ = [
     "TYPES",
@@ -47,6 +47,7 @@ METRICS = (
     "l0", "l1", "mse", "explained_variance", "ce", "ce_clean", "ce_zero", "ce_mean", "ce_degradation", "ce_recovered",
     "ce_recovered_mean", "kl", "dead_share",
 )  # fmt: skip
+SETTING_WIDTH = 16  # of its column, at most
 CHECKPOINT = re.compile("step-[0-9]{1,18}")
 
 
@@ -169,18 +170,22 @@ def _parse(text: bytes, place: str) -> dict:
 def format_table(df: pd.DataFrame) -> str:
     """Plain text of at most 80 columns, a row per SAE; a table per sweep, under its name, where df has several.
 
-    setting is what decides the SAE's L0: k of TopK and BatchTopK, l1_coeff of the others. CE recovered is the share of
-    the loss of zero ablation that the SAE gives back, dead % that of latents. "-" where there is no evaluation yet.
+    setting is what decides the SAE's L0 (k of TopK and BatchTopK, l1_coeff of the others) and what else tells it from
+    others of its type. CE recovered is the share of the loss of zero ablation that the SAE gives back, dead % that of
+    latents. "-" where there is no evaluation yet.
     """
     if df["run"].nunique() > 1:
         return "\n\n".join(f"{run[:80]}\n{format_table(saes)}" for run, saes in df.groupby("run"))
     table = [("type", "dict", "setting", "L0", "expl. var.", "CE recovered", "dead %")]
-    for sae in df.itertuples():
+    for sae, label in zip(df.itertuples(), row_labels(df, but=["dict_size"])):
         numbers = (sae.l0, 1), (sae.explained_variance, 3), (sae.ce_recovered, 3), (100 * sae.dead_share, 1)
-        table.append((sae.sae_type, str(sae.dict_size), setting(sae), *(_number(*number) for number in numbers)))
+        whole = label.replace(" ", "\0").replace(",\0", ", ")  # no line ends between a field and its value
+        first, *more = (line.replace("\0", " ") for line in textwrap.wrap(whole, SETTING_WIDTH))
+        table.append((sae.sae_type, str(sae.dict_size), first, *(_number(*number) for number in numbers)))
+        table += [("", "", line, "", "", "", "") for line in more]
     widths = [max(map(len, column)) for column in zip(*table)]
     row = "  ".join(f"{{:{align}{width}}}" for align, width in zip("<><>>>>", widths))
-    return "\n".join(row.format(*cells) for cells in table)
+    return "\n".join(row.format(*cells).rstrip() for cells in table)
 
 
 def _number(value: float, decimals: int) -> str:
@@ -244,14 +249,15 @@ def table(options: Namespace) -> None:
     df = load_results(options.source, group=options.group)
     print(format_table(df), flush=True)
     if options.source.startswith("wandb:"):
-        folder = Path.cwd()
-        figures = save_figures(df, folder)
+        folder, history, cosines = Path.cwd(), None, []
     else:
         source = Path(options.source)
         folder = source / options.group if options.group and (source / options.group).is_dir() else source
-        figures = save_figures(df, folder, load_history(source, group=options.group), decoder_cosines(df))
+        history, cosines = load_history(source, group=options.group), decoder_cosines(df)
     df.to_csv(folder / "results.csv", index=False)
-    print(f"\nwritten in {folder}: results.csv and, as .png and .pdf,\n{', '.join(path.stem for path in figures[::2])}")
+    figures = save_figures(df, folder, history, cosines)
+    drawn = f"and, as .png and .pdf,\n{', '.join(path.stem for path in figures[::2])}" if figures else "(no figure yet)"
+    print(f"\nwritten in {folder}: results.csv {drawn}")
 
 
 def main(words: list[str]) -> None:

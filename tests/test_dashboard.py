@@ -538,6 +538,7 @@ def test_every_number_on_the_page_is_that_of_the_data(visit: Open, html: Path) -
     for name, (_, logits) in zip(("up", "down"), latent["effects"]):
         assert numbers(page, f".{name} .number") == pytest.approx(logits, abs=0.0051)
     assert latent["effects"][0][1][0] > 0 > latent["effects"][1][1][0]
+    assert table["promoted"][j] == latent["effects"][0][0]  # all of them are searched
     cosines = latent["nearest"][1]
     assert numbers(page, ".nearest .number") == pytest.approx(cosines, abs=0.0051) and cosines[0] > cosines[-1]
 

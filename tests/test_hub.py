@@ -63,12 +63,21 @@ def test_pushed_then_loaded(hub: Hub, sae_type: str) -> None:
     assert torch.equal(loaded.encode(x), sae.encode(x)) and torch.equal(loaded(x).sae_out, sae(x).sae_out)
 
 
-def test_folders_of_this_machine_are_not_pushed(hub: Hub) -> None:
-    sae = make("topk", output_dir="/home/someone/runs")
-    push_to_hub(sae, "someone/saes")
-    assert sae.cfg.output_dir == "/home/someone/runs"
-    assert "/home" not in str(hub.repos["someone/saes"])
-    assert load_pretrained(f"someone/saes:{sae.cfg.name}").cfg.output_dir == Config().output_dir
+def test_folders_of_this_machine_are_not_pushed(hub: Hub, tmp_path: Path) -> None:
+    local = {
+        "model_name": "/home/someone/models/m",
+        "dataset_path": "~/secret/*.txt",
+        "output_dir": "/home/someone/runs",
+    }
+    sae = make("topk", **local)
+    write_sweep(tmp_path, [(sae.cfg, {"l0": 4.0, "explained_variance": 0.5, "ce_recovered": 0.75})])
+    push_to_hub(sae, "someone/saes", sweep=tmp_path)
+    assert {field: getattr(sae.cfg, field) for field in local} == local
+    pushed = str(hub.repos["someone/saes"])
+    assert "someone/models" not in pushed and "someone-models" not in pushed and "secret" not in pushed
+    assert "/home" not in pushed
+    public = replace(sae.cfg, model_name="m", dataset_path="*.txt", output_dir=Config().output_dir)
+    assert from_pretrained("someone/saes", public.name).cfg == public
 
 
 def test_a_second_sae_joins_the_first(hub: Hub) -> None:
@@ -143,6 +152,8 @@ def test_the_card_tells_metrics_and_pareto_front(tmp_path: Path) -> None:
         replace(sae.cfg, top_k=5): {"l0": 5.0, "explained_variance": 0.5, "ce_recovered": 0.875},  # beaten in one
         replace(sae.cfg, top_k=3): {"l0": 3.0, "explained_variance": 0.25, "ce_recovered": 0.8125},  # beats ours in one
         replace(sae.cfg, top_k=9): {},  # not evaluated yet
+        replace(sae.cfg, lr=1e-3): {"l0": 4.0, "explained_variance": 0.4, "ce_recovered": 0.75},
+        replace(sae.cfg, layer=1): {"l0": 1.0, "explained_variance": 0.9999, "ce_recovered": 0.9999},
     }
     write_sweep(tmp_path, list(rows.items()))
     df = load_results(tmp_path)
@@ -154,15 +165,23 @@ def test_the_card_tells_metrics_and_pareto_front(tmp_path: Path) -> None:
     assert "| ce_recovered | 0.75 |" in lines
     assert "It is on the Pareto front of L0 and explained variance." in card
     assert "It is not on the Pareto front of L0 and CE recovered." in card
-    assert f"| **{sae.cfg.name}** | 4.0 | 0.5000 * | 0.7500 |" in lines
-    second, third, fourth = list(rows)[1:]
-    assert f"| {second.name} | 5.0 | 0.5000 | 0.8750 * |" in lines
-    assert f"| {third.name} | 3.0 | 0.2500 * | 0.8125 * |" in lines
-    assert f"| {fourth.name} | nan | nan | nan |" in lines
+    assert "| **TopK 32, k=4, lr 0.0003** | 4.0 | 0.5000 * | 0.7500 |" in lines
+    assert "| TopK 32, k=5, lr 0.0003 | 5.0 | 0.5000 | 0.8750 * |" in lines
+    assert "| TopK 32, k=3, lr 0.0003 | 3.0 | 0.2500 * | 0.8125 * |" in lines
+    assert "| TopK 32, k=4, lr 0.001 | 4.0 | 0.4000 | 0.7500 |" in lines  # as good in one, at the same L0
+    assert "| TopK 32, k=9, lr 0.0003 | nan | nan | nan |" in lines
+    assert not [line for line in lines if "0.9999" in line], "of another layer"
     assert "| top_k | `4` |" in lines and "| hook" not in card
     for stranger, several in ((make("vanilla"), df), (sae, pd.concat([df, df.assign(run="another")]))):
         with pytest.raises(ValueError, match=r"sweep: not that of .*, or several; give"):
             model_card(stranger, "someone/saes", "a/folder", several)
+
+
+def test_an_sae_without_an_evaluation_is_not_placed(tmp_path: Path) -> None:
+    sae = make("topk")
+    write_sweep(tmp_path, [(sae.cfg, {})])
+    card = model_card(sae, "someone/saes", "folder", load_results(tmp_path))
+    assert "Not evaluated yet." in card and "Pareto" not in card and "nan" not in card
 
 
 def test_the_card_goes_with_the_sae(hub: Hub, tmp_path: Path) -> None:

@@ -109,8 +109,10 @@ def test_sae_lens_before_version_6(tmp_path: Path, params: Tensors) -> None:
     del params["threshold"]
     save_file(params | {"scaling_factor": torch.ones(F)}, tmp_path / "sae_weights.safetensors")
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
-    sae = load_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="from before SAELens 6: .*raw weights"):
+        sae = load_pretrained(tmp_path)
     assert (sae.cfg.sae_type, sae.cfg.top_k, sae.cfg.site) == ("topk", K, "z")
+    assert sae.cfg.model_name == "gpt2"  # which TransformerLens calls gpt2-small
     assert_computes(sae, largest, params)
     save_file(params | {"scaling_factor": torch.full((F,), 1.1)}, tmp_path / "sae_weights.safetensors")
     with pytest.raises(ValueError, match="scaling_factor is not 1"):
@@ -144,7 +146,7 @@ def test_processed_models_are_warned_of(tmp_path: Path, params: Tensors) -> None
     ],
 )
 def test_gemma_scope(tmp_path: Path, params: Tensors, repo: str, folder: str, model_name: str, hook: str) -> None:
-    path = tmp_path / repo / folder
+    path = tmp_path / "beside transcoders" / repo / folder
     path.mkdir(parents=True)
     write_npz(path, params)
     sae = load_pretrained(path)
@@ -211,7 +213,9 @@ def test_what_was_loaded_is_saved_and_pushed_as_ours(tmp_path: Path, params: Ten
         ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations = 'constant_norm_rescale'"),
         ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input = 'no'"),
         ({"rescale_acts_by_decoder_norm": 1}, "rescale_acts_by_decoder_norm = 1"),
+        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm = True: .*can be False"),  # a jumprelu's
         ({"hook_head_index": 3}, "hook_head_index = 3"),
+        ({"hook_point_head_index": 3}, "hook_head_index = 3"),  # before version 6
         ({"d_sae": F + 1}, r"W_enc is \[12, 40\] of torch.float32, should be \[12, 41\]"),
         ({"d_in": "12"}, "W_enc is"),
         (

@@ -282,6 +282,22 @@ def test_table_of_fifteen_is_at_most_80_wide() -> None:
     assert "1048576" in lines[1] and "k=32" in lines[1] and "l1=0.000123457" in lines[2]
 
 
+def test_rows_are_told_apart(tmp_path: Path) -> None:
+    for l0, layer, lr in ((8.1, 1, 1e-4), (8.2, 1, 3e-4), (8.3, 2, 1e-4)):
+        write_sae(tmp_path / "s", Config(sae_type="topk", top_k=8, layer=layer, lr=lr), evaluation(l0))
+    write_sae(tmp_path / "s", Config(sae_type="vanilla", l1_coeff=0.004, layer=5, lr=1), evaluation(123.4))
+    assert format_table(load_results(tmp_path)).splitlines() == [
+        "type     dict  setting           L0  expl. var.  CE recovered  dead %",
+        "vanilla  2048  l1=0.004       123.4       0.800         0.900     6.2",
+        "topk     2048  k=8, layer 1,    8.1       0.800         0.900     6.2",
+        "               lr 0.0001",
+        "topk     2048  k=8, layer 1,    8.2       0.800         0.900     6.2",
+        "               lr 0.0003",
+        "topk     2048  k=8, layer 2,    8.3       0.800         0.900     6.2",
+        "               lr 0.0001",
+    ]
+
+
 def test_table_of_several_sweeps_names_each() -> None:
     df = pd.concat([frame(("topk", 2048, 32.0, 0.8, 0.9)), frame(("vanilla", 2048, 40.0, 0.7, 0.8))])
     lines = format_table(df.assign(run=["tiny-2", "tiny-1"])).splitlines()
@@ -350,6 +366,25 @@ def test_command_line(tmp_path: Path) -> None:
     for name in ("pareto", "training", "dead"):
         assert all((sweep / f"{name}.{kind}").stat().st_size > 0 for kind in ("png", "pdf"))
     assert list(pd.read_csv(sweep / "results.csv")["l0"]) == list(load_results(sweep)["l0"])
+
+
+def test_before_there_is_an_evaluation_the_rest_is_written(tmp_path: Path) -> None:
+    folder = write_sae(tmp_path / "tiny-1", Config())
+    done = run_results("tiny-1", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("results.csv (no figure yet)\n")
+    assert (tmp_path / "tiny-1" / "results.csv").is_file()
+    row = {"step": 9, "tokens": 18_432, "train/loss": 0.5, "eval/l0": 0.0, "eval/explained_variance": 0.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(row | {"eval/ce_recovered": 0.0}) + "\n")
+    done = run_results("tiny-1", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("\ntraining, dead\n")
+
+
+def test_one_sweep_of_several_is_written_into_its_folder(tmp_path: Path) -> None:
+    for name in ("tiny-1", "tiny-2"):
+        twelve(tmp_path / name)
+    assert run_results(".", "--group", "tiny-2", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "tiny-2" / "results.csv").is_file() and (tmp_path / "tiny-2" / "pareto.png").is_file()
+    assert not (tmp_path / "results.csv").exists() and not (tmp_path / "tiny-1" / "results.csv").exists()
 
 
 def test_command_line_user_error_is_one_line(tmp_path: Path) -> None:
