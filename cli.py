@@ -96,7 +96,7 @@ def parse(words: list[str]) -> Options:
         if others or len(known.resume) != 1:
             raise ValueError("--resume: give it one folder and no other option; the Configs are in the folder")
         return Options(resume=known.resume[0])
-    sweep = known.sweep or DEFAULT_SWEEP
+    sweep = DEFAULT_SWEEP if known.sweep is None else known.sweep
     if sweep in TEXTS:
         raise ValueError(f"{sweep}: give it no other word")
     if sweep not in SWEEPS:
@@ -113,7 +113,7 @@ def parse(words: list[str]) -> Options:
 def answer(words: list[str]) -> str | None:
     """The text that the words ask for in place of a run: help, the sweeps, completion."""
     if {"-h", "--help"} & set(words):
-        return _parser(words[0] if words[0] in SWEEPS else DEFAULT_SWEEP).format_help().rstrip()
+        return _parser(next((word for word in words if word in SWEEPS), DEFAULT_SWEEP)).format_help().rstrip()
     texts = {("list",): sweeps, ("completion",): completion}
     return texts[tuple(words)]() if tuple(words) in texts else None
 

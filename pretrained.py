@@ -51,7 +51,7 @@ SPARSIFY_SITES = {  # module within a block -> site
     "": "resid_post", ".mlp": "mlp_out", ".attn": "attn_out", ".self_attn": "attn_out", ".attention": "attn_out",
 }  # fmt: skip
 FILES = (CFG, WEIGHTS, COUNTERS, NPZ, AE, AE_CONFIG, SPARSIFY, SCALER)
-ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.-]+(/[\w.-]+)*))?")
+ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.+-]+(/[\w.+-]+)*))?")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 4096  # latents at a time in float64
 

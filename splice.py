@@ -45,8 +45,8 @@ def splice(
 
     error_term  adds what the SAE does not reconstruct, so that nothing changes but by `scale` and `add`
     scale       latent -> factor: 0 ablates it
-    add         latent -> length: so much of its decoder row, which has norm 1, is added at every position, in the units
-                of the model's activations, whether the latent fires or not; to steer, give error_term as well
+    add         latent -> factor of its decoder row, of norm 1 if trained here: added at every position, in the units of
+                the model's activations, whether the latent fires or not; to steer, give error_term as well
     positions   where to splice. By default all but the first of a window (BOS) and special tokens, as in training and
                 `evaluate`. What `model.generate` adds to its cache is spliced like the rest of the text.
 

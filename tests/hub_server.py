@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import huggingface_hub.constants
 import pytest
@@ -21,6 +22,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.is_private: dict[str, bool] = {}
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, Authorization
         self.commits = 0
         self.refuse: int | None = None
@@ -45,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _handle(self) -> None:
-        hub, body, path = self.server.hub, self._body(), self.path.split("?")[0]
+        hub, body, path = self.server.hub, self._body(), unquote(self.path.split("?")[0])
         token = self.headers.get("Authorization")
         hub.requests.append((self.command, path, token))
         if hub.refuse is not None:
@@ -55,6 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
             fields = json.loads(body)
             name = f"{fields['organization']}/{fields['name']}" if fields.get("organization") else fields["name"]
             hub.repos.setdefault(name, {})
+            hub.is_private[name] = fields.get("private") or fields.get("visibility") == "private"
             self._answer({"url": f"http://{self.headers['Host']}/{name}", "name": name})
         elif path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})

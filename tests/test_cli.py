@@ -64,6 +64,7 @@ def read(terminal: int) -> bytes:
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_help_has_every_field_in_its_group_with_the_default_of_the_sweep(tmp_path: Path, sweep: str) -> None:
     out = said(sweep, "--help", env=os.environ | {"COLUMNS": "80"}, cwd=tmp_path)
+    assert cli.answer(["--help", sweep]) == cli.answer([sweep, "--help"])
     assert out == said(sweep, "--top-k", "3", "-h", env=os.environ | {"COLUMNS": "80"}, cwd=tmp_path)
     assert max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
     sections = dict(re.findall(r"^([a-z ]+):\n((?:  .*\n|\n)+)", out + "\n", flags=re.M))

@@ -311,6 +311,7 @@ def test_nearest_cosines_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(found, torch.stack(expected))
     assert found[7] == found[31] == pytest.approx(1)
     assert_close(nearest_cosines(W_dec, at_most=8), found[::7])  # 0, 7, ..., 49
+    assert nearest_cosines(W_dec[:1]).shape == (0,)
 
 
 # ---- what evaluation must not do ----

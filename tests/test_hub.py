@@ -80,6 +80,13 @@ def test_folders_of_this_machine_are_not_pushed(hub: Hub, tmp_path: Path) -> Non
     assert from_pretrained("someone/saes", public.name).cfg == public
 
 
+def test_a_repository_is_private_if_asked(hub: Hub) -> None:
+    push_to_hub(make("topk"), "someone/secret", private=True)
+    push_to_hub(make("topk", l1_coeff=2e6), "someone/saes", folder="l1_2e+06")
+    assert hub.is_private == {"someone/secret": True, "someone/saes": False}
+    assert from_pretrained("someone/saes", "l1_2e+06").cfg.top_k == 4
+
+
 def test_a_second_sae_joins_the_first(hub: Hub) -> None:
     first, second = make("topk"), make("vanilla")
     push_to_hub(first, "someone/saes")

@@ -144,6 +144,7 @@ def test_options_of_every_kind_reach_the_configs() -> None:
     "args, message",
     [
         (["tinny"], "sweep = 'tinny': did you mean tiny? give one of tiny, gpt2"),
+        ([""], "sweep = '': give one of tiny, gpt2"),
         (["--sae-type=top-k"], "sae_type = 'top-k': did you mean 'topk'? give one of vanilla, topk,"),
         (["--site=resid_pro"], "site = 'resid_pro': did you mean 'resid_pre'? give one of resid_pre,"),
         (["--wandb-mode=of"], "wandb_mode = 'of': "),
@@ -167,7 +168,7 @@ def test_bad_input_is_refused_in_one_line_before_a_model_is_loaded(
     before = set(os.listdir(here))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(activation_store, "load_model", lambda cfg: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(sys, "argv", ["main.py", *args] if args == ["tinny"] else ["main.py", *SMALL, *args])
+    monkeypatch.setattr(sys, "argv", ["main.py", *args] if args in (["tinny"], [""]) else ["main.py", *SMALL, *args])
     with pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 2
