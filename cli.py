@@ -271,9 +271,10 @@ def _value(word: object, name: str) -> object:
     for value in (None, True, False):
         if str(word).lower() == str(value).lower() and type(value) in kinds:
             return value
-    if isinstance(word, str) and {int, float} & set(kinds):
-        with contextlib.suppress(ValueError):
-            word = float(word) if set(word) & set(".eE") else int(word)
+    for kind in (int, float):
+        if isinstance(word, str) and {int, float} & set(kinds):
+            with contextlib.suppress(ValueError):
+                word = kind(word)
     return int(word) if isinstance(word, float) and word.is_integer() and int in kinds else word
 
 

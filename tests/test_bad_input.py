@@ -93,8 +93,8 @@ COMMAND_LINES: list[tuple[list[str], Said]] = [
     (["--lr", "--seed=1"], ("--lr: no value",)),
     (["--top-k=many"], ("top_k = 'many': ", "give int")),
     (["--top-k="], ("top_k = '': ", "give int")),
-    (["--layer=1.5"], ("layer = '1.5': ", "give int")),
-    (["--num-tokens=1e6"], ("num_tokens = '1e6': ", "give int")),
+    (["--layer=1.5"], ("layer = 1.5: ", "give int")),
+    (["--num-tokens=1e-6"], ("num_tokens = 1e-06: ", "give int")),
     (["--top-k", "4", "tiny"], ("top_k = 'tiny': ", "give int")),
     (["--lr=fast"], ("lr = 'fast': ", "give float")),
     (["--lr=nan"], ("lr = nan: ", "give a finite number")),
@@ -319,7 +319,7 @@ def remove(pattern: str) -> Callable[[], None]:
 
 
 BEFORE_THE_WEIGHTS: list[tuple[str, Callable[[], object], Said]] = [
-    ("no config", remove("config.json"), ("has no good config.json (Unrecognized model", "give another")),
+    ("no config", remove("config.json"), ("has no good config.json (ValueError: Unrecognized model", "give another")),
     ("cut config", put("config.json", '{"model_type":'), ("has no good config.json (", "not a valid JSON file")),
     ("config a list", put("config.json", "[]"), ("has no good config.json", "give another")),
     ("no model_type", put("config.json", "{}"), ("has no good config.json", "model_type", "give another")),
