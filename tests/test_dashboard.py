@@ -443,6 +443,8 @@ def test_search(visit: Open, html: Path) -> None:
     ]  # fmt: skip
     assert latents_shown(page) == expected[: len(latents_shown(page))] and 0 < len(expected) < 300
     assert texts(page, "#found") == [f"{len(expected)} of 300"]
+    rows = texts(page, "#rows .latent")
+    assert rows and all(query.lower() in row.replace("·", " ").lower() for row in rows), "it is in the row"
     press_in.send_keys(Keys.ESCAPE, " #17 ")
     assert latents_shown(page) == [17]
     spaced = next(s for s in (table["strings"][i] for i in table["promoted"][3]) if s.startswith(" ") and len(s) > 2)
