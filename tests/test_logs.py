@@ -295,7 +295,7 @@ DAMAGES = [
     (lambda p: (p / CFG).write_text(DEEP), CFG, "not JSON (maximum recursion depth"),
     (lambda p: (p / CFG).write_text("9" * 5000), CFG, "not JSON (Exceeds the limit"),
     (lambda p: os.truncate(p / CFG, 2**20 + 1), CFG, "1,048,577 bytes"),
-    (lambda p: (p / CFG).write_text("[1, 2]"), CFG, "not written by this library"),
+    (lambda p: (p / CFG).write_text("[1, 2]"), CFG, "holds list, not an object of fields"),
     (lambda p: (p / CFG).write_text('{"architecture": "topk"}'), CFG, "not written by this library"),
     (lambda p: fields(p, colour="red"), CFG, "['colour'] are unknown"),
     (lambda p: drop(p, "lr", "nn_decompositions"), CFG, "['lr'] are missing"),
