@@ -99,6 +99,7 @@ def test_sae_lens(tmp_path: Path, params: Tensors) -> None:
     assert_computes(sae, jumps, params)
 
 
+@pytest.mark.filterwarnings("ignore:.*from before SAELens 6")
 def test_sae_lens_before_version_6(tmp_path: Path, params: Tensors) -> None:
     """One flat cfg.json, with TopK as an activation function, and a scaling factor of ones."""
     cfg = {
@@ -228,6 +229,7 @@ def test_what_was_loaded_is_saved_and_pushed_as_ours(tmp_path: Path, params: Ten
         ({"metadata": 3}, "does not say its model_name"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*from before SAELens 6")
 def test_refused_of_sae_lens(tmp_path: Path, params: Tensors, changes: dict, says: str) -> None:
     write_sae_lens(tmp_path, params, **changes)
     assert_refused(tmp_path, says)
