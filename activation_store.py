@@ -94,11 +94,7 @@ def check_text(cfg: Config) -> None:
         )
     text.bos_token_id(tokenizer)
     for held_out in (False, True):
-        try:
-            documents = text.documents(cfg.dataset_path, cfg.dataset_name, held_out=held_out)
-        except OSError as error:
-            problem = f"cannot be reached ({one_line(error)}); give other data, or try again"
-            raise OSError(f"dataset_path = {cfg.dataset_path!r}: {problem}") from None
+        documents = text.documents(cfg.dataset_path, cfg.dataset_name, held_out=held_out)
         windows = text.token_windows(documents, tokenizer, cfg.seq_len)
         try:
             readable = any(ordinary_positions(window[None], tokenizer).any() for window in windows)

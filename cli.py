@@ -113,7 +113,8 @@ def parse(words: list[str]) -> Options:
 def answer(words: list[str]) -> str | None:
     """The text that the words ask for in place of a run: help, the sweeps, completion."""
     if {"-h", "--help"} & set(words):
-        return _parser(next((word for word in words if word in SWEEPS), DEFAULT_SWEEP)).format_help().rstrip()
+        first = next((word for word in words if word not in ("-h", "--help")), DEFAULT_SWEEP)
+        return _parser(first if first in SWEEPS else DEFAULT_SWEEP).format_help().rstrip()
     texts = {("list",): sweeps, ("completion",): completion}
     return texts[tuple(words)]() if tuple(words) in texts else None
 
@@ -268,8 +269,8 @@ def _metavar(name: str) -> str:
 def _value(word: object, name: str) -> object:
     """A word as a value of the field, or as it is for Config to refuse in one line. YAML 1.1 has 1e-3 as a word too."""
     kinds = _kinds(name)
-    for value in (None, True, False):
-        if str(word).lower() == str(value).lower() and type(value) in kinds:
+    for value, words in {None: ("None",), True: ("True", "true"), False: ("False", "false")}.items():
+        if word in words and type(value) in kinds:
             return value
     for kind in (int, float):
         if isinstance(word, str) and {int, float} & set(kinds):

@@ -247,6 +247,11 @@ class Config:
         return dataclasses.asdict(self)
 
 
+def result_fields() -> list[str]:
+    """The fields that what is trained depends on."""
+    return [field.name for field in dataclasses.fields(Config) if field.name not in _NOT_IN_RESULT]
+
+
 def setting(sae: Any) -> str:
     """What decides the L0 of a Config or of a row of `results.load_results`: k=32, or l1=0.004."""
     return f"k={sae.top_k}" if sae.sae_type in ("topk", "batchtopk") else f"l1={sae.l1_coeff:g}"

@@ -88,6 +88,8 @@ def write_dashboard(
     """See `results.feature_dashboard`."""
     if windows < 1:
         raise ValueError(f"windows = {windows}: give 1 or more")
+    if dataset_name is not None and dataset_path is None:
+        raise ValueError(f"dataset_name = {dataset_name!r}: of no data set; give its dataset_path as well")
     cfg = sae.cfg if dataset_path is None else replace(sae.cfg, dataset_path=dataset_path, dataset_name=dataset_name)
     model = load_model(check_model(cfg)) if model is None else model
     tokens = held_out_windows(cfg, model.tokenizer, windows, WINDOW_CHOICE)

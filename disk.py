@@ -29,8 +29,6 @@ _LEFT_OVER = re.compile(
     re.DOTALL,
 )
 _NUMBER = secrets.token_hex(4)
-_UMASK = os.umask(0)  # which can only be read by changing it
-os.umask(_UMASK)
 
 
 def write_durably(path: str | Path, data: bytes | Callable[[Path], object], size: int = 0) -> None:
@@ -76,9 +74,11 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Write a safetensors file, readable by whom other files are: safetensors makes it for its owner alone. Raises
     OSError when the system does, where safetensors has an error of its own.
     """
+    file.touch()
+    mode = file.stat().st_mode
     try:
         save_file(tensors, file)
-        file.chmod(0o666 & ~_UMASK)
+        file.chmod(mode)
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(file)) from None

@@ -6,7 +6,7 @@ MOST = 300  # characters
 
 
 def one_line(error: Exception) -> str:
-    """The error's type and text without line breaks, and without the Hub's token, whoever put it there."""
+    """The error's type and text, at most MOST of it, without line breaks and the Hub's token, whoever put it there."""
     text = f"{type(error).__name__}: {error}"
     token = get_token()
     return " ".join((text.replace(token, "<token>") if token else text).split())[:MOST]

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from config import setting
+from config import NOT_USED_BY, result_fields, setting
 
 TYPES = {  # sae_type -> name, and colour (Okabe and Ito's, for colour-blind eyes); in the order of tables and legends
     "vanilla": ("Vanilla", "#CC79A7"),
@@ -34,7 +34,8 @@ WIDTH = 7.5  # inches: two columns of a paper
 BINS = 40  # of cosines
 BINS_PER_DECADE = 3  # of densities: wider than a factor of 2, so that none is empty between once and twice
 LEGEND_LETTERS = 26  # that fit below a panel at 7 points
-TOLD_APART = {  # fields that a label names where SAEs of its type differ in them
+SETTINGS = ("top_k", "l1_coeff")
+FORMATS = {  # of fields in a label, which has those in which SAEs of its type differ
     "run": "{}", "model_name": "{}", "layer": "layer {}", "site": "{}", "dict_size": "dict {}", "lr": "lr {:g}",
     "batch_size": "batch {}", "num_tokens": "{:g} tokens", "input_unit_norm": "norm {}", "seed": "seed {}",
 }  # fmt: skip
@@ -59,7 +60,7 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
     df = _evaluated(df).sort_values("l0")
     if df.empty:
         raise ValueError("nothing to plot: no SAE has an evaluation with finite numbers and an L0 above 0")
-    alike = [field for field in (*TOLD_APART, "dataset_path") if field in df and field not in ("run", "dict_size")]
+    alike = [f for f in result_fields() if f in df and f not in ("sae_type", "dict_size", *SETTINGS)]
     widths = sorted(df["dict_size"].unique())
     several = len(widths) > 1
     markers = dict(zip(widths if several else TYPES, cycle(MARKERS)))
@@ -227,14 +228,13 @@ def _dashes(df: pd.DataFrame) -> dict[int, str]:
 
 def row_labels(df: pd.DataFrame, but: Sequence[str] = ()) -> list[str]:
     """A name for each row, among those of its type: the setting, and the fields in which they differ, without `but`."""
-    fields = [field for field in TOLD_APART if field in df and field not in but]
+    fields = [f for f in ("run", *result_fields()) if f in df and f not in ("sae_type", *SETTINGS, *but)]
     values = df.groupby("sae_type")[fields].nunique(dropna=False)
-    return [
-        ", ".join(
-            [setting(sae), *(TOLD_APART[f].format(getattr(sae, f)) for f in values if values.at[sae.sae_type, f] > 1)]
-        )
-        for sae in df.itertuples()
-    ]
+    labels = []
+    for sae in df.itertuples():
+        differ = [f for f in fields if values.at[sae.sae_type, f] > 1 and f not in NOT_USED_BY[sae.sae_type]]
+        labels.append(", ".join([setting(sae), *(FORMATS.get(f, f"{f} {{}}").format(getattr(sae, f)) for f in differ)]))
+    return labels
 
 
 def _lines(df: pd.DataFrame) -> list[dict]:

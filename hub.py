@@ -10,7 +10,9 @@ The address and the token are huggingface_hub's: HF_ENDPOINT, and `hf auth login
 """
 
 import copy
+import glob
 import math
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from pretrained import load_pretrained, repo_and_folder
 from results import METRICS, load_results
 from sae import BaseAutoencoder
 
-SAME = ["model_name", "layer", "site", "dataset_path"]  # of SAEs whose metrics may be compared
+SAME = ["model_name", "layer", "site", "dataset_path", "dataset_name", "seq_len"]  # where metrics may be compared
 
 
 def push_to_hub(
@@ -97,7 +99,9 @@ def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: pd.DataFr
         row = rows.iloc[0]
         parts += ["## On held-out text", *_metrics_part(row)]
         if not math.isnan(row["l0"]):
-            parts += ["## In its sweep", *_sweep_part(sweep[(sweep[SAME] == row[SAME]).all(axis=1)], sae.cfg.name)]
+            places = sweep[SAME].astype(object).fillna("")  # None equals nothing
+            alike = (places == places.loc[row.name]).all(axis=1)
+            parts += ["## In its sweep", *_sweep_part(sweep[alike], sae.cfg.name)]
     fields = {name: value for name, value in cfg.to_dict().items() if name not in ("device", "output_dir")}
     parts += ["## Config", _markdown_table(["field", "value"], [[name, f"`{fields[name]}`"] for name in fields])]
     return "\n\n".join(parts) + "\n"
@@ -142,9 +146,10 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def _public(cfg: Config) -> Config:
     """Without the folders of this machine: of a local model and of local texts the last name remains."""
     names = {field: getattr(cfg, field) for field in ("model_name", "dataset_path")}
-    local = {field: Path(path).name for field, path in names.items() if _is_local(path)}
+    paths = {field: os.path.abspath(os.path.expanduser(path)) for field, path in names.items() if _is_local(path)}
+    local = {field: os.path.basename(path) or "root" for field, path in paths.items()}
     return replace(cfg, output_dir=Config().output_dir, device=Config().device, **local)
 
 
 def _is_local(path: str) -> bool:
-    return path.startswith(("/", "~", ".")) or "*" in path or Path(path).exists()
+    return path.startswith(("/", "~", ".")) or glob.has_magic(path) or Path(path).exists()

@@ -177,11 +177,12 @@ def _saved(folder: Path | None) -> str:
 class StopAfterStep:
     """While active, says after each step whether SIGTERM or Ctrl-C asked to stop.
 
-    Ctrl-C before the first step, where there is nothing to save, and a second one stop at once: KeyboardInterrupt.
+    A second Ctrl-C stops at once, as does one before the first step, where there is nothing to save: KeyboardInterrupt.
+    Not so where processes wait for each other: of these some would have begun.
     """
 
     def __init__(self) -> None:
-        self.asked = self.has_begun = False
+        self.asked, self.has_begun = False, ranks.world_size() > 1
 
     def __call__(self) -> bool:
         self.has_begun = True

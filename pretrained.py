@@ -178,7 +178,7 @@ def _from_gemma_scope(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """Lieberum et al. 2024 (arXiv:2408.05147). Model and hook are in the names of the repository and its folders."""
     file = folder / NPZ
     path = f"{folder.absolute()}/"
-    if re.search(r"gemma-scope-[^/]*transcoder", path):
+    if re.search(r"/[^/ ]*transcoders?/", path):
         raise ValueError(f"{file}: a transcoder; SAEs alone are opened here")
     found = _read_npz(file)
     W_enc = found.get("W_enc", torch.empty(0))

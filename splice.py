@@ -126,7 +126,9 @@ def _check(
     for field, latents in (("scale", scale), ("add", add)):
         for at, number in latents.items():
             if not (isinstance(at, tuple) and len(at) == 2):
-                raise ValueError(f"{field} = {at!r}: no latent; give (hook, number), such as {(next(iter(sizes)), 17)}")
+                raise ValueError(
+                    f"{field} = {at!r}: no latent; give (hook, number), as in ('blocks.2.hook_mlp_out', 17)"
+                )
             if not math.isfinite(number):
                 raise ValueError(f"{field} = {at}: {number}; give a finite number")
             name, latent = at

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import ranks
+from errors import one_line
 
 if TYPE_CHECKING:  # slow to import, and a wrong path is answered at once
     from datasets import IterableDataset
@@ -134,6 +135,9 @@ def documents(dataset_path: str, dataset_name: str | None = None, *, held_out: b
             else:
                 dataset = _load(dataset_path, name=dataset_name)
             columns = dataset.column_names or list(next(iter(dataset), {}))
+        except OSError as error:
+            problem = f"cannot be reached ({one_line(error)}); give other data, or try again"
+            raise OSError(f"dataset_path {dataset_path!r}: {problem}") from None
         except ValueError as error:  # of pyarrow and the JSON decoder too
             raise ValueError(f"dataset_path {dataset_path!r}: cannot be read ({error}); give other data") from None
         found = [c for c in (*TOKEN_COLUMNS, *TEXT_COLUMNS) if c in columns]

@@ -65,6 +65,7 @@ def read(terminal: int) -> bytes:
 def test_help_has_every_field_in_its_group_with_the_default_of_the_sweep(tmp_path: Path, sweep: str) -> None:
     out = said(sweep, "--help", env=os.environ | {"COLUMNS": "80"}, cwd=tmp_path)
     assert cli.answer(["--help", sweep]) == cli.answer([sweep, "--help"])
+    assert cli.answer(["--model-name", sweep, "--help"]) == cli.answer(["--help"])
     assert out == said(sweep, "--top-k", "3", "-h", env=os.environ | {"COLUMNS": "80"}, cwd=tmp_path)
     assert max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
     sections = dict(re.findall(r"^([a-z ]+):\n((?:  .*\n|\n)+)", out + "\n", flags=re.M))
@@ -196,7 +197,7 @@ def test_a_file_is_as_its_options(tmp_path: Path, name: str) -> None:
     "word, name, value",
     [
         ("2e6", "num_tokens", 2_000_000), ("9007199254740993", "seed", 2**53 + 1), (".5", "lr", 0.5), ("3", "lr", 3),
-        ("4.5", "top_k", 4.5), (True, "top_k", True), ("false", "input_unit_norm", False), ("none", "act_size", None),
+        ("4.5", "top_k", 4.5), (True, "top_k", True), ("false", "input_unit_norm", False), ("None", "act_size", None),
         ("none", "model_name", "none"), ("1e6", "model_name", "1e6"),
     ],
 )  # fmt: skip

@@ -266,6 +266,11 @@ def test_token_strings_keep_spaces_that_decoding_one_token_drops() -> None:
     assert dashboard.token_strings(fast, [4, 5, 1]) == [" the", "b", " "]
 
 
+def test_a_configuration_of_no_data_set_is_refused(cfg: Config, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^dataset_name = 'en': of no data set; give its dataset_path as well$"):
+        results.feature_dashboard(build_sae(cfg), tmp_path / "page.html", dataset_name="en")
+
+
 def test_windows_must_be_some(cfg: Config, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^windows = 0: give 1 or more$"):
         results.feature_dashboard(build_sae(cfg), tmp_path / "page.html", windows=0)
@@ -453,9 +458,9 @@ def test_search(visit: Open, html: Path) -> None:
         any(spaced.lower() in table["strings"][i].lower() for i in table["top"][j] + table["promoted"][j])
         for j in latents_shown(page)
     )
-    press_in.send_keys(Keys.ESCAPE, "⇥␀")
+    press_in.send_keys(Keys.ESCAPE, "⇥␀\N{DIGIT ONE}")
     assert latents_shown(page) == [] and texts(page, "#found") == ["0 of 300"]
-    press_in.send_keys(Keys.ESCAPE, "↵⇥")
+    press_in.send_keys(Keys.ESCAPE, "↵⇥␀")
     assert 0 in latents_shown(page)
     press_in.send_keys(Keys.ESCAPE, "<b>nothing</b>")
     assert latents_shown(page) == [] and "<b>nothing</b>" in texts(page, "#rows")[0]
@@ -605,6 +610,11 @@ def test_the_focus_stays_in_the_latent(visit: Open, width: int) -> None:
         wait_for(page, None)
         press(page, "k")
         assert page.switch_to.active_element.get_attribute("hash") == "#latent-4"
+        press(page, Keys.ENTER)
+        wait_for(page, 4)
+        press(page, "/")
+        assert page.switch_to.active_element.get_attribute("id") == "search"
+        wait_for(page, None)
 
 
 def test_keyboard_alone(visit: Open) -> None:

@@ -26,12 +26,13 @@ from sae import BaseAutoencoder, build_sae
 FORK = multiprocessing.get_context("fork")
 
 
-def test_whoever_may_read_other_files_may_read_tensors(tmp_path: Path) -> None:
-    (tmp_path / "other").touch()
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_whoever_may_read_other_files_may_read_tensors(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
     save_checkpoint(sae(0), tmp_path / "sae")
     disk.save_state({"a": torch.zeros(2)}, tmp_path / "state")
-    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
-    assert modes == {(tmp_path / "other").stat().st_mode & 0o777}
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o666 & ~mask}
 
 
 def sae(seed: int, dict_size: int = 4) -> BaseAutoencoder:

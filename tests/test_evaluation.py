@@ -296,6 +296,10 @@ def test_nearest_latents_are_those_of_the_largest_cosines(monkeypatch: pytest.Mo
     assert_close(cosines, expected.topk(4).values)
     assert_close(expected.gather(1, indices), cosines)
     assert torch.equal(nearest_latents(W_dec, torch.tensor([7, 2]), 4)[0], indices[[7, 2]])
+    opposite = torch.cat([W_dec[:1], -W_dec[:1]])
+    assert nearest_latents(opposite, torch.arange(2), 1)[0].tolist() == [[1], [0]], (
+        "not itself, if all others point away"
+    )
     assert [part.shape for part in nearest_latents(W_dec[:3], torch.arange(3), 4)] == [(3, 2), (3, 2)]
 
 

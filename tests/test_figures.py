@@ -17,6 +17,7 @@ from figures import (
     plot_density,
     plot_pareto,
     plot_training,
+    row_labels,
     save_figure,
     save_figures,
 )
@@ -109,8 +110,24 @@ def test_lines_join_what_differs_in_its_setting_alone() -> None:
     df = frame(*(("topk", 2048, k, 0.5, 0.6) for k in (16.0, 32.0, 17.0, 33.0, 18.0)))
     df["num_tokens"], df["dataset_path"] = [10, 10, 20, 20, 20], ["a", "a", "a", "a", "b"]
     df["run"] = list("abcde")  # of an agent each
+    df["dataset_name"] = None
     found = [list(line.get_xdata()) for line in plot_pareto(df).axes[0].lines]
     assert sorted(found) == [[16, 32], [17, 33], [18]]
+
+
+def test_labels_name_every_field_that_the_result_depends_on() -> None:
+    df = frame(("topk", 2048, 8, 0.5, 0.6), ("topk", 2048, 8, 0.5, 0.6), ("vanilla", 512, 8, 0.5, 0.6))
+    df["top_k_aux"], df["dataset_path"], df["log_freq"] = [256, 512, 128], ["a", "b", "a"], [1, 2, 3]
+    assert row_labels(df) == [
+        "k=8, dataset_path a, top_k_aux 256",
+        "k=8, dataset_path b, top_k_aux 512",
+        "l1=0.0125",
+    ]
+
+
+def test_one_latent_has_no_cosine_to_draw(tmp_path: Path) -> None:
+    paths = save_figures(frame(("topk", 1, 1.0, 0.5, 0.6)), tmp_path, cosines=[np.empty(0, np.float32)])
+    assert {path.stem for path in paths} == {"pareto"}
 
 
 def test_arrays_must_be_one_for_each_row() -> None:

@@ -80,6 +80,19 @@ def test_folders_of_this_machine_are_not_pushed(hub: Hub, tmp_path: Path) -> Non
     assert from_pretrained("someone/saes", public.name).cfg == public
 
 
+@pytest.mark.parametrize(
+    "path, name", [("secret/a?.txt", "a?.txt"), ("secret/*.py", "*.py"), ("/", "root"), ("user/texts", "user/texts")]
+)
+def test_the_name_of_local_text_is_published_alone(hub: Hub, path: str, name: str) -> None:
+    push_to_hub(make("topk", dataset_path=path), "someone/saes", folder="it")
+    assert from_pretrained("someone/saes", "it").cfg.dataset_path == name
+
+
+def test_a_bar_in_a_name_does_not_end_a_cell() -> None:
+    card = model_card(make("topk", dataset_path="user/a|b"), "someone/saes", "it", None)
+    assert "| dataset_path | `user/a\\|b` |" in card.splitlines()
+
+
 def test_a_repository_is_private_if_asked(hub: Hub) -> None:
     push_to_hub(make("topk"), "someone/secret", private=True)
     push_to_hub(make("topk", l1_coeff=2e6), "someone/saes", folder="l1_2e+06")

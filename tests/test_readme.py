@@ -51,6 +51,20 @@ def test_python(here: Path) -> None:
     assert sorted(path.name for path in (here / "runs" / "<sweep>").glob("density.*")) == ["density.pdf", "density.png"]
 
 
+def test_options_of_benchmarks_are_some() -> None:
+    """argparse takes --no-x of an option --x that is yes or no."""
+    found = re.findall(r"python (benchmarks/\w+\.py)([^`\n#]*)", (ROOT / "README.md").read_text())
+    assert {name for name, _ in found} == {f"benchmarks/{name}.py" for name in ("step", "stream", "sweep", "dashboard")}
+    for name, words in found:
+        known = re.findall(r'add_argument\("(--[a-z0-9-]+)"', (ROOT / name).read_text())
+        options = [word.replace("--no-", "--") for word in words.split() if word.startswith("--")]
+        assert set(options) <= set(known), name
+
+
+def test_there_are_commands_and_python() -> None:
+    assert len(COMMANDS) > 20 and len(PYTHON) > 3
+
+
 @pytest.mark.parametrize("program, words", COMMANDS, ids=str)
 def test_commands(here: Path, program: str, words: list[str]) -> None:
     """They are understood."""

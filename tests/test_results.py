@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -285,9 +286,12 @@ def test_table_of_fifteen_is_at_most_80_wide() -> None:
 def test_rows_are_told_apart(tmp_path: Path) -> None:
     for l0, layer, lr in ((8.1, 1, 1e-4), (8.2, 1, 3e-4), (8.3, 2, 1e-4)):
         write_sae(tmp_path / "s", Config(sae_type="topk", top_k=8, layer=layer, lr=lr), evaluation(l0))
-    write_sae(tmp_path / "s", Config(sae_type="vanilla", l1_coeff=0.004, layer=5, lr=1), evaluation(123.4))
+    vanilla = Config(sae_type="vanilla", l1_coeff=0.004, layer=5, lr=1)
+    write_sae(tmp_path / "s", vanilla, evaluation(123.4))
+    write_sae(tmp_path / "s", replace(vanilla, dict_size=64, top_k=9), evaluation(60))  # which it does not use
     assert format_table(load_results(tmp_path)).splitlines() == [
         "type     dict  setting           L0  expl. var.  CE recovered  dead %",
+        "vanilla    64  l1=0.004        60.0       0.800         0.900     6.2",
         "vanilla  2048  l1=0.004       123.4       0.800         0.900     6.2",
         "topk     2048  k=8, layer 1,    8.1       0.800         0.900     6.2",
         "               lr 0.0001",

@@ -169,6 +169,18 @@ def test_a_hub_name_is_not_a_local_path() -> None:
     assert local_files("Skylion007/openwebtext") == [] == local_files("wikitext")
 
 
+def test_what_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: object, **options: object) -> None:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(text, "_load", unreachable)
+    said = (
+        r"^dataset_path 'some/texts': cannot be reached \(ConnectionError: no network\); give other data, or try again$"
+    )
+    with pytest.raises(OSError, match=said):
+        text.documents("some/texts", held_out=True)
+
+
 @pytest.mark.parametrize("path, files, said", [
     ("none.txt", {}, "no such file"),
     ("none/*.txt", {}, "no such file"),
