@@ -225,8 +225,7 @@ class Config:
     @cached_property
     def name(self) -> str:
         """Name of the run, of its folder too: readable, and different whenever a result-changing field differs."""
-        without_effect = _NOT_IN_RESULT | NOT_USED_BY[self.sae_type]
-        result = {f: v for f, v in self.to_dict().items() if f not in without_effect}
+        result = {f: getattr(self, f) for f in result_fields() if f not in NOT_USED_BY[self.sae_type]}
         digest = hashlib.blake2b(json.dumps(result, sort_keys=True).encode(), digest_size=5).hexdigest()
         plain = re.sub(r"[^A-Za-z0-9_-]", "-", self.model_name)
         model = plain[-40:].strip("-") or "model"

@@ -60,7 +60,7 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
     df = _evaluated(df).sort_values("l0")
     if df.empty:
         raise ValueError("nothing to plot: no SAE has an evaluation with finite numbers and an L0 above 0")
-    alike = [f for f in result_fields() if f in df and f not in ("sae_type", "dict_size", *SETTINGS)]
+    alike = _told_apart(df, but=["run", "dict_size"])
     widths = sorted(df["dict_size"].unique())
     several = len(widths) > 1
     markers = dict(zip(widths if several else TYPES, cycle(MARKERS)))
@@ -226,9 +226,14 @@ def _dashes(df: pd.DataFrame) -> dict[int, str]:
     return dict(zip(df["dict_size"].value_counts().index, cycle(DASHES)))
 
 
+def _told_apart(df: pd.DataFrame, but: Sequence[str]) -> list[str]:
+    """The columns that tell SAEs of a type with one setting apart, without `but`."""
+    return [f for f in ("run", *result_fields()) if f in df and f not in ("sae_type", *SETTINGS, *but)]
+
+
 def row_labels(df: pd.DataFrame, but: Sequence[str] = ()) -> list[str]:
     """A name for each row, among those of its type: the setting, and the fields in which they differ, without `but`."""
-    fields = [f for f in ("run", *result_fields()) if f in df and f not in ("sae_type", *SETTINGS, *but)]
+    fields = _told_apart(df, but)
     values = df.groupby("sae_type")[fields].nunique(dropna=False)
     labels = []
     for sae in df.itertuples():

@@ -47,6 +47,18 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def windows_of() -> Callable[[PreTrainedTokenizerFast, int, int], torch.Tensor]:
+    """Makes so many windows of so many tokens: BOS, and text that goes on from window to window."""
+
+    def make(tokenizer: PreTrainedTokenizerFast, count: int, pos: int) -> torch.Tensor:
+        text = " ".join(["The grey owl hoots in the attic at 7, and the red fox sneaks back."] * 12)
+        ids = torch.tensor(tokenizer(text)["input_ids"][: count * (pos - 1)]).view(count, pos - 1)
+        return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), ids], dim=1)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a GPT-2 that has learnt `sentences`: two layers, 16 wide, context 64, and a small BPE tokenizer."""
     folder = tmp_path_factory.mktemp("tiny-gpt2")

@@ -49,11 +49,9 @@ def hugging_face(tiny_gpt2: Path) -> GPT2LMHeadModel:
 
 
 @pytest.fixture(scope="module")
-def tokens(model: TransformerBridge) -> Tensor:
+def tokens(model: TransformerBridge, windows_of: Callable[..., Tensor]) -> Tensor:
     """Six windows: BOS, text, and in two of them EOS, once and many times."""
-    text = " ".join(["The grey owl hoots in the attic at 7, and the red fox sneaks back."] * 12)
-    ids = torch.tensor(model.tokenizer(text)["input_ids"][: 6 * 23]).view(6, 23)
-    tokens = torch.cat([torch.full((6, 1), EOS), ids], dim=1)
+    tokens = windows_of(model.tokenizer, 6, 24)
     tokens[1, 10] = EOS
     tokens[4, 5:17] = EOS
     return tokens

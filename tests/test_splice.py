@@ -33,11 +33,9 @@ def model(cfg: Config) -> TransformerBridge:
 
 
 @pytest.fixture(scope="module")
-def tokens(model: TransformerBridge) -> Tensor:
+def tokens(model: TransformerBridge, windows_of: Callable[..., Tensor]) -> Tensor:
     """Four windows: BOS, text, and in one of them an EOS."""
-    text = " ".join(["The grey owl hoots in the attic at 7, and the red fox sneaks back."] * 4)
-    ids = torch.tensor(model.tokenizer(text)["input_ids"][: 4 * 11]).view(4, 11)
-    tokens = torch.cat([torch.full((4, 1), EOS), ids], dim=1)
+    tokens = windows_of(model.tokenizer, 4, 12)
     tokens[1, 5] = EOS
     return tokens
 
