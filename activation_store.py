@@ -1,259 +1,95 @@
-"""Text -> tokens -> hooked activations -> shuffled batches.
+"""Windows of tokens -> hooked activations, any number of hooks, aligned rows -> shuffled batches.
 
-The store streams: it holds one buffer of activations, refills the half that has been read, and serves every row once.
+The store streams: it holds one buffer for each hook, refills the half that has been read, and serves every row once.
 """
 
-import contextlib
-import os
-import random
+import weakref
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
-from einops import rearrange
-from huggingface_hub.errors import StrictDataclassError
-from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformer_lens.model_bridge import TransformerBridge
 
-import ranks
-import text
-from config import SITES, Config
-from errors import one_line
-
-if TYPE_CHECKING:  # it takes seconds, and what check_model and check_text refuse is answered at once
-    from transformer_lens.model_bridge import TransformerBridge
+from config import Config
+from language_model import ordinary_positions, record
+from runtime import ranks
+from runtime.checks import explained, require
+from text import TextPosition, TextStream, held_out_windows
 
 COPIED_ROWS = 1 << 16  # at a time from a GPU
 HELD_OUT_CHOICE = 32
 PREFETCHED = 8  # batches of windows: documents are tokenised many at a time
-TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 
-
-def model_source(model_name: str) -> str:
-    """What Hugging Face loads for a model_name: the embedded model's folder, or the name itself."""
-    return str(TINY_LM) if model_name == "tiny-lm" else os.path.expanduser(model_name)
-
-
-def check_model(cfg: Config) -> Config:
-    """Compare cfg with the model's configuration, before its weights are loaded, and fill in act_size.
-
-    Raises: ValueError when it is no language model, or layer, seq_len or act_size do not fit it; OSError when there is
-    no such model.
-    """
-    source = model_source(cfg.model_name)
-    try:
-        hf = AutoConfig.from_pretrained(source).get_text_config()
-    except (OSError, ValueError, StrictDataclassError) as error:
-        problem = "has no good config.json" if os.path.exists(source) else "found neither in a folder nor on the Hub"
-        raise OSError(f"model_name = {cfg.model_name!r}: {problem} ({one_line(error)}); give another") from None
-    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads")
-    if hf.is_encoder_decoder or not all(hasattr(hf, name) for name in needed):
-        raise ValueError(
-            f"model_name = {cfg.model_name!r}: {hf.model_type} is no decoder-only language model; give one"
-        )
-    n_layers, d_model = hf.num_hidden_layers, hf.hidden_size
-    if cfg.layer >= n_layers:
-        raise ValueError(f"layer = {cfg.layer}: {cfg.model_name} has {n_layers} blocks; give 0 to {n_layers - 1}")
-    context = getattr(hf, "max_position_embeddings", None)
-    if context is not None and cfg.seq_len > context:
-        raise ValueError(f"seq_len = {cfg.seq_len}: {cfg.model_name} reads at most {context} tokens; give no more")
-    heads = hf.num_attention_heads
-    head_size = getattr(hf, "head_dim", None) or d_model // heads
-    act_size = heads * head_size if cfg.site == "z" else d_model
-    if cfg.act_size not in (None, act_size):
-        raise ValueError(f"act_size = {cfg.act_size}: {cfg.site} of {cfg.model_name} is {act_size} wide; leave it out")
-    return replace(cfg, act_size=act_size)
-
-
-def check_text(cfg: Config) -> None:
-    """Read the training and the held-out text up to a window of each with a token that an SAE may read.
-
-    Raises: ValueError when a part has none, or the text or the model's tokenizer cannot be read.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_source(cfg.model_name))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model_name = {cfg.model_name!r}: no tokenizer that can be read ({one_line(error)}); give another"
-        ) from None
-    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):  # made where there are no files
-        raise ValueError(f"model_name = {cfg.model_name!r}: no tokenizer in that folder; give another")
-    vocab_size = AutoConfig.from_pretrained(model_source(cfg.model_name)).get_text_config().vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"model_name = {cfg.model_name!r}: its tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size};"
-            " put the model's own beside it"
-        )
-    text.bos_token_id(tokenizer)
-    for held_out in (False, True):
-        documents = text.documents(cfg.dataset_path, cfg.dataset_name, held_out=held_out)
-        windows = text.token_windows(documents, tokenizer, cfg.seq_len)
-        try:
-            readable = any(ordinary_positions(window[None], tokenizer).any() for window in windows)
-        except ValueError as error:
-            raise ValueError(f"dataset_path {cfg.dataset_path!r}: {error}; give other data") from None
-        if not readable:
-            part = "held-out tenth" if held_out else "training part"
-            raise ValueError(
-                f"dataset_path {cfg.dataset_path!r}: its {part} does not fill a window of seq_len {cfg.seq_len}; give"
-                " more text"
-            )
-
-
-def load_model(cfg: Config) -> "TransformerBridge":
-    """The language model of cfg, raw weights, in its dtype, on its device, ready for inference only.
-
-    Raises: ValueError when it cannot be loaded or has no such site.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-
-    try:
-        model = TransformerBridge.boot_transformers(
-            model_source(cfg.model_name), device=str(cfg.torch_device), dtype=cfg.torch_dtype
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"model_name = {cfg.model_name!r}: cannot be loaded ({one_line(error)}); give a whole model that fits"
-        ) from None
-    if cfg.hook_point not in model.hook_dict:
-        sites = [site for site, hook in SITES.items() if f"blocks.{cfg.layer}.{hook}" in model.hook_dict]
-        raise ValueError(f"site = {cfg.site!r}: {cfg.model_name} has no such hook; give one of {', '.join(sites)}")
-    model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model
-
-
-class _Recorded(Exception):
-    """Leaves the forward pass at the hook: what follows it would be computed for nothing."""
-
-
-@torch.no_grad()
-def record(
-    model: "TransformerBridge", tokens: Int[Tensor, "window pos"], hook_name: str
-) -> Float[Tensor, "window pos act_size"]:
-    """Activations at a hook; the forward pass ends there. Heads are concatenated."""
-    recorded: list[Tensor] = []
-
-    def keep(acts: Tensor, hook: object) -> None:
-        recorded.append(rearrange(acts, "window pos ... -> window pos (...)"))
-        raise _Recorded
-
-    with model.hooks(fwd_hooks=[(hook_name, keep)]), contextlib.suppress(_Recorded):
-        model(tokens, return_type=None)
-    assert len(recorded) == 1, f"{hook_name} did not fire"
-    return recorded[0]
-
-
-def ordinary_positions(
-    tokens: Int[Tensor, "window pos"], tokenizer: PreTrainedTokenizerBase
-) -> Bool[Tensor, "window pos"]:
-    """True where an SAE may read: not the BOS that starts a window, not a special token (EOS, padding, ...)."""
-    # all_special_ids lacks those that only tokenizer.json knows, such as the padding of Pythia.
-    added = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
-    special = torch.tensor([*tokenizer.all_special_ids, *added], dtype=tokens.dtype, device=tokens.device)
-    ordinary = ~torch.isin(tokens, special)
-    ordinary[:, 0] = False
-    return ordinary
-
-
-def held_out_windows(
-    cfg: Config, tokenizer: PreTrainedTokenizerBase, count: int, choice: int
-) -> Int[Tensor, "window pos"]:
-    """`count` windows of the held-out text, the same ones whenever asked: a sample of the first `choice` times as many,
-    as one long document can be many windows in a row. Fewer where the text ends before.
-
-    Raises: ValueError when the held-out text does not fill one window, or cannot be read.
-    """
-    documents = text.load_documents(cfg.dataset_path, cfg.dataset_name, held_out=True)
-    first = list(islice(text.token_windows(documents, tokenizer, cfg.seq_len), choice * count))
-    if not first:
-        raise ValueError(
-            f"dataset_path = {cfg.dataset_path!r}: the held-out tenth has no {cfg.seq_len} tokens; give more"
-        )
-    return torch.stack(random.Random(0).sample(first, min(count, len(first))))
+ByHook = dict[str, Tensor]
+"""A tensor for each hook, by its name."""
 
 
 @dataclass(frozen=True)
 class _Progress:
     """What a store has read."""
 
-    text: text.TextPosition | None  # None before the first batch of windows
-    spill: Float[Tensor, "rows act_size"]  # rows that found no slot yet
-    row_sum: Float[Tensor, "act_size"]  # of all rows so far
+    text: TextPosition | None  # None before the first batch of windows
+    spill: ByHook  # [rows, act_size] that found no slot yet
+    row_sum: ByHook  # [act_size], of all rows so far
     rows: int
     tokens_seen: int
 
 
 class ActivationsStore:
-    """Activations of a model's hook on the training text, in shuffled batches, and its held-out text for evaluation.
+    """Serve the activations at all hooks that some Configs read or write, on the training text, in shuffled batches.
 
-    The buffer holds num_batches_in_buffer batches of the model. Once half of it has been read, that half is refilled
-    and the unread rows of old and new are shuffled together. Deterministic in cfg.seed; a store made with the `state`
-    of another serves on where that one stood.
+    A row is one token: its activations at every hook stand at the same place. The buffers hold num_batches_in_buffer
+    batches of the model. Once half of them has been read, that half is refilled and the unread rows of old and new are
+    shuffled together. Deterministic in the seed; a store made with the `state` of another goes on from where it stood.
+    cfgs: of one stream (Config.stream), with their act_size. Raises ValueError when the buffers do not fit into memory.
     """
 
-    def __init__(self, model: "TransformerBridge", cfg: Config, state: dict[str, Any] | None = None) -> None:
-        if cfg.act_size is None:
-            raise ValueError("act_size = None: the width of the activations is unknown; give check_model(cfg)")
+    def __init__(self, model: TransformerBridge, cfgs: Sequence[Config], state: dict[str, Any] | None = None) -> None:
+        cfg = cfgs[0]
+        assert all(c.stream == cfg.stream and c.act_size for c in cfgs), "one stream, and widths that check_model found"
         self.model, self.cfg = model, cfg
         self.capacity = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
         self.batch_size = cfg.batch_size // ranks.count()
-        device = cfg.torch_device
-        self._check_memory()
-        self._buffer = torch.empty(self.capacity, cfg.act_size, dtype=cfg.torch_dtype, device=device)
+        widths = {hook: c.act_size for c in cfgs for hook in (*c.reads, *c.writes)}
+        self._device, dtype = cfg.torch_device, getattr(torch, cfg.dtype)
+        self._check_memory(sum(widths.values()) * dtype.itemsize)
+        make = dict(dtype=dtype, device=self._device)
+        self._buffers = {hook: torch.empty(self.capacity, width, **make) for hook, width in widths.items()}
         self._rng = torch.Generator().manual_seed(cfg.seed)
         if state is None:
             # Slots in the order they are served; those before _served are free.
-            self._order = torch.arange(self.capacity, device=device)
+            self._order = torch.arange(self.capacity, device=self._device)
             self._served = self.capacity
-            self._progress = _Progress(
-                text=None,
-                spill=self._buffer[:0],
-                row_sum=torch.zeros(cfg.act_size, dtype=torch.float64, device=device),
-                rows=0,
-                tokens_seen=0,
-            )
+            zeros = {h: torch.zeros(w, dtype=torch.float64, device=self._device) for h, w in widths.items()}
+            self._progress = _Progress(None, {h: b[:0] for h, b in self._buffers.items()}, zeros, 0, 0)
         else:
-            self._order = state["order"].to(device)
-            self._served = self.capacity - len(state["unread"])
-            unread = self._order[self._served :].split(COPIED_ROWS)
-            for slots, rows in zip(unread, state["unread"].split(COPIED_ROWS)):
-                self._buffer[slots] = rows.to(device)
-            self._rng.set_state(state["rng"])
-            self._progress = _Progress(
-                text=text.TextPosition.from_state(state["text"]),
-                spill=state["spill"].to(device),
-                row_sum=state["row_sum"].to(device),
-                rows=state["rows"],
-                tokens_seen=state["tokens_seen"],
-            )
-        stream = text.TextStream(
-            cfg.dataset_path, cfg.dataset_name, model.tokenizer, cfg.seq_len, cfg.seed, self._progress.text
-        )
-        self._token_batches = _prefetch(stream, cfg.model_batch_size)
+            self._load(state)
+        position = self._progress.text
+        stream = TextStream(cfg.dataset_path, cfg.dataset_name, model.tokenizer, cfg.seq_len, cfg.seed, position)
+        self._stream, self._ready = stream, deque[Future]()
+        # The next windows are made in a thread, as tokenizers release the GIL; it ends with the store.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokens")
+        weakref.finalize(self, self._thread.shutdown, wait=False, cancel_futures=True)
 
-    def next_batch(self) -> Float[Tensor, "batch_size act_size"]:
-        """The next cfg.batch_size rows, or this process's share of them, in the model's dtype, on its device.
+    def next_batch(self) -> dict[str, Float[Tensor, "batch_size act_size"]]:
+        """Serve the next cfg.batch_size rows, or this process's share of them, by hook, in the model's dtype.
 
-        A copy: the caller may keep it. Where this raises, `state` is still what it was after the batch before.
+        Copies: the caller may keep them. Where this raises, `state` is still what it was after the batch before.
         """
         if self._served > 0 and self._served + self.batch_size > self.capacity // 2:
             self._refill()
         slots = self._order[self._served : self._served + self.batch_size]
         self._served += self.batch_size
-        return self._buffer[slots]
+        return {hook: buffer[slots] for hook, buffer in self._buffers.items()}
 
     def put_back(self) -> None:
-        """The last batch is served again. Where processes share batches: this one read its share, another could not."""
+        """Serve the last batch again: not everything was trained on it."""
         self._served -= self.batch_size
 
     @property
@@ -261,25 +97,43 @@ class ActivationsStore:
         """All that the next batches depend on, once a first one was served: CPU tensors, and what JSON can hold."""
         progress = self._progress
         assert progress.text is not None, "nothing read yet"
-        unread = torch.empty(self.capacity - self._served, self.cfg.act_size, dtype=self._buffer.dtype)
-        for rows, slots in zip(unread.split(COPIED_ROWS), self._order[self._served :].split(COPIED_ROWS)):
-            rows.copy_(self._buffer[slots])
         return {
             "order": self._order.cpu(),
-            "unread": unread,
+            "unread": {hook: self._unread(buffer) for hook, buffer in self._buffers.items()},
             "rng": self._rng.get_state(),
             "text": progress.text.to_state(),
-            "spill": progress.spill.cpu(),
-            "row_sum": progress.row_sum.cpu(),
+            "spill": {hook: rows.cpu() for hook, rows in progress.spill.items()},
+            "row_sum": {hook: total.cpu() for hook, total in progress.row_sum.items()},
             "rows": progress.rows,
             "tokens_seen": progress.tokens_seen,
         }
 
+    def _unread(self, buffer: Float[Tensor, "capacity act_size"]) -> Float[Tensor, "rows act_size"]:
+        unread = torch.empty(self.capacity - self._served, buffer.shape[1], dtype=buffer.dtype)
+        for rows, slots in zip(unread.split(COPIED_ROWS), self._order[self._served :].split(COPIED_ROWS)):
+            rows.copy_(buffer[slots])
+        return unread
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._order = state["order"].to(self._device)
+        self._rng.set_state(state["rng"])
+        for hook, unread in state["unread"].items():
+            self._served = self.capacity - len(unread)
+            slots = self._order[self._served :].split(COPIED_ROWS)
+            for some, rows in zip(slots, unread.split(COPIED_ROWS)):
+                self._buffers[hook][some] = rows.to(self._device)
+        on_device = {
+            name: {hook: tensor.to(self._device) for hook, tensor in state[name].items()}
+            for name in ("spill", "row_sum")
+        }
+        position = TextPosition.from_state(state["text"])
+        self._progress = _Progress(position, rows=state["rows"], tokens_seen=state["tokens_seen"], **on_device)
+
     @property
-    def mean(self) -> Float[Tensor, "act_size"]:
-        """Mean of all training activations so far, of all processes that share batches: each must ask."""
-        rows = torch.tensor(float(self._progress.rows), dtype=torch.float64, device=self._buffer.device)
-        return (ranks.mean(self._progress.row_sum) / ranks.mean(rows)).to(torch.float32)
+    def mean(self) -> dict[str, Float[Tensor, "act_size"]]:
+        """Mean of all training activations so far, by hook, of all processes that share batches: each must ask."""
+        rows = ranks.mean(torch.tensor(float(self._progress.rows), dtype=torch.float64, device=self._device))
+        return {hook: (ranks.mean(total) / rows).float() for hook, total in self._progress.row_sum.items()}
 
     @property
     def tokens_seen(self) -> int:
@@ -287,64 +141,66 @@ class ActivationsStore:
         return self._progress.tokens_seen
 
     def held_out_tokens(self) -> Int[Tensor, "window pos"]:
-        """cfg.eval_windows windows of the held-out text; see `held_out_windows`."""
+        """Choose cfg.eval_windows windows of the held-out text; see `held_out_windows`."""
         return held_out_windows(self.cfg, self.model.tokenizer, self.cfg.eval_windows, HELD_OUT_CHOICE)
 
-    def _check_memory(self) -> None:
-        """Refuse a buffer that does not fit, before the system kills the process for it."""
+    def _check_memory(self, row_bytes: int) -> None:
+        """Refuse buffers that do not fit, before the system kills the process for them."""
         cfg = self.cfg
-        copies = 1 if cfg.torch_device.type == "cuda" else 2  # one more while its state is saved
-        needed = copies * self.capacity * cfg.act_size * cfg.torch_dtype.itemsize
-        free = _free_memory(cfg.torch_device)
-        if needed > free:
-            raise ValueError(
-                f"num_batches_in_buffer = {cfg.num_batches_in_buffer}: the buffer (and, on a CPU, a copy to save it)"
-                f" takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free; give at most"
-                f" {cfg.num_batches_in_buffer * free // needed}, or lower model_batch_size = {cfg.model_batch_size}"
-            )
+        copies = 1 if self._device.type == "cuda" else 2  # one more while its state is saved
+        needed, free = copies * self.capacity * row_bytes, _free_memory(self._device)
+        require(
+            needed <= free,
+            f"num_batches_in_buffer = {cfg.num_batches_in_buffer}: the buffer (and, on a CPU, a copy to save it)"
+            f" takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free; give at most"
+            f" {cfg.num_batches_in_buffer * free // needed}, or lower model_batch_size = {cfg.model_batch_size}",
+        )
 
     def _refill(self) -> None:
         """Write new rows into the slots already served, then shuffle all unread rows."""
         free = self._order[: self._served]
-        filled = 0
-        progress = self._progress
+        filled, progress = 0, self._progress
         while filled < len(free):
-            if not len(progress.spill):
+            if progress.text is None or not len(next(iter(progress.spill.values()))):
                 progress = self._new_rows(progress)
-            rows = progress.spill
-            fits = min(len(rows), len(free) - filled)
-            self._buffer[free[filled : filled + fits]] = rows[:fits]
-            progress = replace(progress, spill=rows[fits:])
-            filled += fits
+            slots = free[filled : filled + len(next(iter(progress.spill.values())))]
+            for hook, rows in progress.spill.items():
+                self._buffers[hook][slots] = rows[: len(slots)]
+            progress = replace(progress, spill={hook: rows[len(slots) :] for hook, rows in progress.spill.items()})
+            filled += len(slots)
         # Only now: had reading failed above, all would still be as it was.
-        self._order = _send(torch.randperm(self.capacity, generator=self._rng), self._buffer.device)
+        self._order = _send(torch.randperm(self.capacity, generator=self._rng), self._device)
         self._served, self._progress = 0, progress
 
     def _new_rows(self, progress: _Progress) -> _Progress:
-        """The progress after one more batch of windows, whose activations at ordinary positions are in `spill`."""
-        tokens, position = next(self._token_batches)
+        """Read one more batch of windows: its activations at ordinary positions are the new spill."""
+        while len(self._ready) <= PREFETCHED:
+            self._ready.append(self._thread.submit(_read, self._stream, self.cfg.model_batch_size))
+        tokens, position = self._ready.popleft().result()
         kept = ordinary_positions(tokens, self.model.tokenizer).flatten().nonzero().squeeze(1)
-        device = self._buffer.device
-        try:
-            acts = record(self.model, _send(tokens, device), self.cfg.hook_point).flatten(0, 1)
-        except torch.OutOfMemoryError as error:
-            size = self.cfg.model_batch_size
-            raise ValueError(
-                f"model_batch_size = {size}: out of memory on {device}; give {max(1, size // 2)}, or lower seq_len ="
-                f" {self.cfg.seq_len} or num_batches_in_buffer = {self.cfg.num_batches_in_buffer}"
-            ) from error
-        rows = acts[_send(kept, device)]
+        size, buffer = self.cfg.model_batch_size, self.cfg.num_batches_in_buffer
+        lower = f"give {max(1, size // 2)}, or lower seq_len = {self.cfg.seq_len} or num_batches_in_buffer = {buffer}"
+        problem = f"model_batch_size = {size}: out of memory on {self._device}"
+        with explained(problem, torch.OutOfMemoryError, remedy=lower):
+            acts = record(self.model, _send(tokens, self._device), list(self._buffers))
+        kept = _send(kept, self._device)
+        rows = {hook: acts[hook].flatten(0, 1)[kept] for hook in self._buffers}
         return _Progress(
             text=position,
             spill=rows,
-            row_sum=progress.row_sum + rows.sum(dim=0, dtype=torch.float64),
-            rows=progress.rows + len(rows),
+            row_sum={hook: progress.row_sum[hook] + r.sum(dim=0, dtype=torch.float64) for hook, r in rows.items()},
+            rows=progress.rows + len(kept),
             tokens_seen=progress.tokens_seen + tokens.numel(),
         )
 
 
+def _read(stream: TextStream, windows: int) -> tuple[Int[Tensor, "window pos"], TextPosition]:
+    """Read the next windows of a text, and where it stands after them."""
+    return stream.next_windows(windows), stream.position
+
+
 def _free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device, as far as the system tells."""
+    """Count the bytes that can still be allocated on the device, as far as the system tells."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -352,24 +208,5 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device for which the host does not wait."""
+    """Copy to the device without having the host wait for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def _prefetch(stream: text.TextStream, windows: int) -> Iterator[tuple[Int[Tensor, "window pos"], text.TextPosition]]:
-    """Batches of the stream, and its position after each, the next few being made in a thread (tokenizers release the
-    GIL).
-    """
-
-    def batch() -> tuple[Tensor, text.TextPosition]:
-        return stream.next_windows(windows), stream.position
-
-    executor = ThreadPoolExecutor(1, thread_name_prefix="tokens")
-    try:
-        pending = deque(executor.submit(batch) for _ in range(PREFETCHED))
-        while True:
-            ready = pending.popleft().result()
-            pending.append(executor.submit(batch))
-            yield ready
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)

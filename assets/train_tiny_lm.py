@@ -2,7 +2,7 @@
 
     python -m assets.train_tiny_lm                    # at most 30 minutes on 2 cores
 
-It learns from the training files only: the files that `text.is_held_out` keeps for evaluation are never
+It learns from the training files only: the files that `documents.is_held_out` keeps for evaluation are never
 seen, neither by the tokenizer nor by the model, and give the cross-entropies of the model card.
 """
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import text
+from runtime.documents import STDLIB, load_documents
 
 VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
@@ -41,8 +42,7 @@ byte-level BPE tokenizer of {vocab} tokens, trained on the `.py` files of the Py
 the default model of this repository: small enough to ship, good enough that sparse autoencoders find features in it.
 
 `python -m assets.train_tiny_lm` made it and makes it again: one pass over {train_tokens:,} training tokens,
-{minutes:.0f} minutes on 2 cores. A tenth of the files, chosen by a hash of their path (`text.is_held_out`), was never
-trained on.
+{minutes:.0f} minutes on 2 cores. A tenth of the files, chosen by a hash of their path, was never trained on.
 
 Cross-entropy on those held-out files, nats per token, {eval_tokens:,} tokens, each model predicting the same ones:
 
@@ -59,7 +59,7 @@ to be loaded in float32.
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
     bpe = ByteLevelBPETokenizer()
-    documents = text.load_documents(text.STDLIB, held_out=False)
+    documents = load_documents(STDLIB, held_out=False)
     bpe.train_from_iterator((d["text"] for d in documents), vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=CONTEXT
@@ -67,12 +67,12 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def windows(tokenizer: PreTrainedTokenizerFast, *, held_out: bool) -> Int[Tensor, "window pos"]:
-    documents = text.load_documents(text.STDLIB, held_out=held_out)
+    documents = load_documents(STDLIB, held_out=held_out)
     return torch.stack(list(text.token_windows(documents, tokenizer, CONTEXT)))
 
 
 def train_model(tokens: Int[Tensor, "window pos"], bos: int) -> GPT2LMHeadModel:
-    """One pass over the windows, AdamW with warm-up and cosine decay, matrix products in bfloat16."""
+    """Train in one pass over the windows: AdamW with warm-up and cosine decay, matrix products in bfloat16."""
     config = GPT2Config(
         vocab_size=VOCAB_SIZE, n_positions=CONTEXT, n_embd=256, n_layer=4, n_head=4, bos_token_id=bos, eos_token_id=bos,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -113,7 +113,7 @@ def model_cross_entropy(model: GPT2LMHeadModel, tokens: Int[Tensor, "window pos"
 def count_cross_entropies(
     train: Int[Tensor, "window pos"], held_out: Int[Tensor, "window pos"]
 ) -> tuple[float, float, float]:
-    """Unigram cross-entropy, bigram cross-entropy, and the bigram's pseudo-counts that gave it."""
+    """Measure unigram cross-entropy, bigram cross-entropy, and the bigram's pseudo-counts that gave it."""
     unigram: Float[Tensor, "vocab"] = torch.bincount(train[:, 1:].flatten(), minlength=VOCAB_SIZE).double() + 1
     unigram /= unigram.sum()
     pair = train[:, :-1].flatten() * VOCAB_SIZE + train[:, 1:].flatten()

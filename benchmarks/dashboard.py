@@ -1,10 +1,10 @@
-"""The dashboard of an SAE: seconds to make it, memory, size, and milliseconds until a browser shows it.
+"""Measure the dashboard of an SAE: seconds to make it, memory, size, and milliseconds until a browser shows it.
 
     python benchmarks/dashboard.py runs/<sweep>/<name>/step-000195
 
-Each run is the whole command, `python results.py dashboard`, in a process of its own. First paint is the first
-contentful paint of the file in headless Chromium, after an empty page. Needs Debian's chromium and chromium-driver, and
-selenium of requirements-dev.txt.
+Each run is the whole command, `python results.py dashboard`, in its own process. First paint is the first contentful
+paint of the file in headless Chromium, after an empty page. This needs Debian's chromium and chromium-driver, and
+selenium from requirements-dev.txt.
 """
 
 import resource
@@ -65,7 +65,7 @@ def main(options: Namespace) -> None:
 
 
 def first_paints(page: Path, loads: int) -> list[float]:
-    """Seconds from the start of each load."""
+    """Load the page several times; return the seconds from the start of each load to its first paint."""
     options = webdriver.ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):

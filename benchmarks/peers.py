@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def steps(act_size: int, dict_size: int, k: int, x: Tensor) -> dict[str, Callable[[], None]]:
-    """One step on the batch x [batch, act_size] by name of the library; a line says which are not installed."""
+    """Prepare one step on the batch x [batch, act_size] for each library; a line says which are not installed."""
     makers = {"sae_lens": _sae_lens, "dictionary_learning": _dictionary_learning, "sparsify": _sparsify}
     absent = [package for package in makers if importlib.util.find_spec(package) is None]
     if absent:

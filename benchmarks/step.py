@@ -19,25 +19,23 @@ from pathlib import Path
 
 import peers
 import torch
-from timing import interleaved, machine, median, print_table, spread, write_json
+from timing import floor_step, interleaved, machine, median, print_table, spread, write_json
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this file runs as a script
 
-from config import Config, SaeType
-from sae import build_sae
-from training import Trainer, floor_step
+from config import TYPES, Config
+from sae import SAE_TYPES, build_sae
+from training import Trainer
 
 L0 = 64  # of Vanilla and JumpReLU
 DEAD_SHARE = 0.1
-DEAD_POSITIVE = (
-    0.04  # of the dead latents' pre-activations; on tiny-lm 0.45 when the first die, 0.02 to 0.04 soon after
-)
+DEAD_POSITIVE = 0.04  # of the dead latents' pre-activations; on tiny-lm 0.45 when the first die, 0.02 soon after
 
 
 def parse() -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    types, flag = ("topk", "batchtopk", "jumprelu", "vanilla"), BooleanOptionalAction
+    types, flag = tuple(TYPES), BooleanOptionalAction
     parser.add_argument("--sae-type", nargs="+", choices=types, default=types)
     parser.add_argument("--act-size", type=int, default=768)
     parser.add_argument("--dict-size", type=int, nargs="+", default=[12288])
@@ -56,7 +54,7 @@ def parse() -> Namespace:
     return parser.parse_args()
 
 
-def config(options: Namespace, sae_type: SaeType, dict_size: int, product_dtype: str = "float32") -> Config:
+def config(options: Namespace, sae_type: str, dict_size: int, product_dtype: str = "float32") -> Config:
     return Config(
         sae_type=sae_type, act_size=options.act_size, dict_size=dict_size, top_k=options.top_k, device=options.device,
         batch_size=options.batch_size, num_tokens=1000 * options.batch_size, lr=1e-6, l1_coeff=1e-3, bandwidth=1e-3,
@@ -65,7 +63,7 @@ def config(options: Namespace, sae_type: SaeType, dict_size: int, product_dtype:
 
 
 def activations(options: Namespace) -> list[Tensor]:
-    """Batches with the structure SAEs look for: sums of a few of many directions, and noise."""
+    """Make batches with the structure SAEs look for: sums of a few of many directions, and noise."""
     rng = torch.Generator().manual_seed(1)  # not the seed of the latents, which would then be the directions
     directions = torch.randn(4 * options.act_size, options.act_size, generator=rng) / options.act_size**0.5
     batches = []
@@ -78,11 +76,11 @@ def activations(options: Namespace) -> list[Tensor]:
 
 
 def trainer(cfg: Config, x: Tensor, dead_share: float = 0.0) -> Trainer:
-    """An SAE ready to train whose Vanilla or JumpReLU latents fire L0 times a row."""
+    """Make an SAE, ready to train, whose Vanilla or JumpReLU latents fire L0 times a row."""
     sae = build_sae(cfg).train()
     sae.initialise_from(x)
     with torch.no_grad():
-        if cfg.sae_type in ("vanilla", "jumprelu"):
+        if cfg.type.sparsity != "top_k":
             sample = sae.dense_pre_activations(x[:64]).flatten()
             cut = sample.topk(64 * L0).values[-1]
             if cfg.sae_type == "vanilla":
@@ -100,9 +98,9 @@ def trainer(cfg: Config, x: Tensor, dead_share: float = 0.0) -> Trainer:
 
 @torch.no_grad()
 def dense(of: Trainer, x: Tensor) -> Trainer:
-    """The same step with ordinary autograd over [batch, dict_size]; BatchTopK by a threshold that keeps as many."""
+    """Make the same step with ordinary autograd over [batch, dict_size]; BatchTopK keeps as many by a threshold."""
     of.sae.select = lambda centred: None
-    if of.cfg.sae_type == "batchtopk":
+    if "threshold" in dict(of.sae.named_buffers()):
         sample = of.sae.dense_pre_activations(x[:64]).flatten()
         of.sae.threshold.fill_(sample.topk(64 * of.cfg.top_k).values[-1])
     return of
@@ -116,7 +114,7 @@ def our_step(of: Trainer, batch: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def benchmark(options: Namespace, dict_size: int) -> dict[tuple[str, str], list[float]]:
-    """Seconds by product_dtype and name of the step."""
+    """Measure seconds, by product_dtype and name of the step."""
     batches = itertools.cycle(activations(options))
     x = next(batches)
     contenders: dict[tuple[str, str], Callable[[], None]] = {}
@@ -125,7 +123,7 @@ def benchmark(options: Namespace, dict_size: int) -> dict[tuple[str, str], list[
     for dtype, sae_type in itertools.product(options.product_dtype, options.sae_type):
         cfg = config(options, sae_type, dict_size, dtype)
         contenders[dtype, sae_type] = our_step(trainer(cfg, x), lambda: next(batches))
-        if options.auxk and sae_type in ("topk", "batchtopk"):
+        if options.auxk and SAE_TYPES[sae_type].uses_auxk:
             contenders[dtype, f"{sae_type}, 10% dead"] = our_step(trainer(cfg, x, DEAD_SHARE), lambda: next(batches))
         if options.dense and dtype == "float32":
             contenders[dtype, f"{sae_type}, dense"] = our_step(dense(trainer(cfg, x), x), lambda: next(batches))
@@ -136,7 +134,7 @@ def benchmark(options: Namespace, dict_size: int) -> dict[tuple[str, str], list[
 
 
 def measure_memory(options: Namespace) -> int:
-    """Bytes beyond parameters, gradients and Adam's state at the peak of a step."""
+    """Measure the bytes beyond parameters, gradients and Adam's state at the peak of a step."""
     sae_type, (dict_size,), (dtype,) = options.measure_memory, options.dict_size, options.product_dtype
     batches = activations(options)
     of = trainer(config(options, sae_type, dict_size, dtype), batches[0])
@@ -148,7 +146,7 @@ def measure_memory(options: Namespace) -> int:
         gradients = sum(p.numel() * p.element_size() for p in of.sae.parameters())
         return torch.cuda.max_memory_allocated() - before - gradients
     # A process's peak is kept for ever: fill what a step keeps by hand, then see how much further the peak rises.
-    matrices = iter(of.sae._gradient_memory)
+    matrices = iter(of.sae.gradient_memory._all.values())
     for view in of.views:
         view.grad = next(matrices).fill_(1) if view.ndim == 2 else torch.ones_like(view)
     of.optimizer.step()
@@ -160,13 +158,13 @@ def measure_memory(options: Namespace) -> int:
 
 
 def _memory(field: str) -> int:
-    """Bytes that Linux gives for this process: VmRSS now, VmHWM at its peak."""
+    """Read the bytes that Linux gives for this process: VmRSS now, VmHWM at its peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
-def peak_memory(options: Namespace, sae_type: SaeType, dict_size: int, dtype: str) -> int:
-    """measure_memory in a process of its own."""
+def peak_memory(options: Namespace, sae_type: str, dict_size: int, dtype: str) -> int:
+    """Run measure_memory in a process of its own."""
     command = [
         sys.executable, __file__, "--measure-memory", sae_type, "--dict-size", str(dict_size),
         "--act-size", str(options.act_size), "--batch-size", str(options.batch_size), "--top-k", str(options.top_k),

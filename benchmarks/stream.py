@@ -12,7 +12,6 @@ import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import torch
 from timing import interleaved, machine, median, print_table, write_json
@@ -21,8 +20,10 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this file runs as a script
 
-from activation_store import TINY_LM, ActivationsStore, check_model, load_model
-from config import Config, Dtype
+from activation_store import ActivationsStore
+from config import HINTS, Config
+from language_model import TINY_LM, check_model, load_model
+from runtime.checks import choices
 
 SERVED_BATCHES, PASSES = 6, 6  # in one timed run, of the store and of the bare model
 
@@ -35,7 +36,7 @@ def parse() -> Namespace:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--model-batch-size", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=2048)
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="float32")
+    parser.add_argument("--dtype", choices=choices(HINTS["dtype"]), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file for the figures, in tokens and seconds")
@@ -43,7 +44,7 @@ def parse() -> Namespace:
 
 
 def random_gpt2(folder: str, options: Namespace) -> None:
-    """A folder in GPT-2's format with random weights and the embedded model's tokenizer."""
+    """Make a folder in GPT-2's format with random weights and the embedded model's tokenizer."""
     torch.manual_seed(0)
     heads = options.n_embd // 64
     config = GPT2Config(n_layer=options.n_layer, n_embd=options.n_embd, n_head=heads, bos_token_id=0, eos_token_id=0)
@@ -52,8 +53,8 @@ def random_gpt2(folder: str, options: Namespace) -> None:
 
 
 def bare_forward(folder: str, cfg: Config, attention: str) -> Callable[[], None]:
-    """The blocks below cfg.layer of the Hugging Face model, on one batch of windows."""
-    model = GPT2Model.from_pretrained(folder, dtype=cfg.torch_dtype, attn_implementation=attention)
+    """Prepare the blocks below cfg.layer of the Hugging Face model, on one batch of windows."""
+    model = GPT2Model.from_pretrained(folder, dtype=getattr(torch, cfg.dtype), attn_implementation=attention)
     model.h = model.h[: cfg.layer]
     model.ln_f = torch.nn.Identity()
     model.to(cfg.torch_device).eval()
@@ -81,7 +82,7 @@ def main(options: Namespace) -> None:
                 num_batches_in_buffer=8,
             )
         )  # fmt: skip
-        store = ActivationsStore(load_model(cfg), cfg)
+        store = ActivationsStore(load_model(cfg), [cfg])
         read: list[int] = []
 
         def serve() -> None:

@@ -7,20 +7,20 @@ python benchmarks/sweep.py --sweep gpt2 --device cuda
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from timing import machine, median, print_table, write_json
+from timing import floor_step, interleaved, machine, median, print_table, synchronise, write_json
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this file runs as a script
 
-from activation_store import ActivationsStore, check_model, load_model
+from activation_store import ActivationsStore
 from config import SWEEPS
+from language_model import check_model, load_model
 from sae import build_sae
-from training import Trainer, synchronise
+from training import Trainer
 
 
 def parse() -> Namespace:
@@ -42,39 +42,30 @@ def main(options: Namespace) -> None:
         f"{where}\nsweep {options.sweep}: {len(cfgs)} SAEs, {options.steps} steps of {cfgs[0].batch_size} activations"
     )
     model = load_model(cfgs[0])
-    seconds: dict[str, list[float]] = {"sweep": [], "model alone": [], "steps alone": [], "sweep waits for text": []}
+    seconds: dict[str, list[float]] = {"sweep": [], "model alone": [], "steps alone": []}
     for _ in range(options.repeats):
-        store = ActivationsStore(model, cfgs[0])
-        waits: list[float] = []
-        store._token_batches = timed(store._token_batches, waits)
-        seconds["sweep"].append(run(options, cfgs, store, device))
-        seconds["sweep waits for text"].append(sum(waits[1:]))  # nothing can be done before the first
-        seconds["model alone"].append(run(options, [], ActivationsStore(model, cfgs[0]), device))
-        recorded = ActivationsStore(model, cfgs[0])
-        batches = [recorded.next_batch() for _ in range(options.steps)]
+        seconds["sweep"].append(run(options, cfgs, ActivationsStore(model, cfgs), device))
+        seconds["model alone"].append(run(options, [], ActivationsStore(model, cfgs), device))
+        recorded = ActivationsStore(model, cfgs)
+        batches = [recorded.next_batch()[cfgs[0].hook_name] for _ in range(options.steps)]
         seconds["steps alone"].append(sum(train_alone(cfg, batches, device) for cfg in cfgs))
-    parts = median(seconds["model alone"]) + median(seconds["steps alone"])
+    floors = {str(i): floor_step(batches[0], cfg.dict_size, torch.float32) for i, cfg in enumerate(cfgs)}
+    floor = options.steps * sum(map(median, interleaved(floors, options.repeats, device).values()))
+    sweep, parts = median(seconds["sweep"]), median(seconds["model alone"]) + median(seconds["steps alone"])
     rows = [{"": name, "s": f"{median(times):.2f}"} for name, times in seconds.items()]
-    print_table([*rows, {"": "sweep / parts", "s": f"{median(seconds['sweep']) / parts:.3f}"}])
-    write_json(options.json, {"machine": where, "seconds": seconds})
-
-
-def timed(batches: Iterator[torch.Tensor], waits: list[float]) -> Iterator[torch.Tensor]:
-    """The same batches; the seconds that each was waited for go to `waits`."""
-    while True:
-        start = time.perf_counter()
-        batch = next(batches)
-        waits.append(time.perf_counter() - start)
-        yield batch
+    rows += [{"": "sweep / parts", "s": f"{sweep / parts:.3f}"}, {"": "floor / sweep", "s": f"{floor / sweep:.3f}"}]
+    print_table(rows)
+    write_json(options.json, {"machine": where, "seconds": seconds, "floor": floor})
 
 
 def run(options: Namespace, cfgs: list, store: ActivationsStore, device: torch.device) -> float:
-    """Seconds of the loop over the stream, the first batch (which fills the buffer) included."""
-    trainers = [Trainer(build_sae(cfg).train()) for cfg in cfgs]
+    """Time the loop over the stream, the first batch (which fills the buffer) included."""
+    trainers = [Trainer(build_sae(cfg)) for cfg in cfgs]
     start = time.perf_counter()
     for step in range(options.steps):
-        x = store.next_batch()
+        rows = store.next_batch()
         for trainer in trainers:
+            x = rows[trainer.cfg.hook_name]
             if step == 0:
                 trainer.sae.initialise_from(x)
             trainer.step(x, step)
@@ -83,7 +74,7 @@ def run(options: Namespace, cfgs: list, store: ActivationsStore, device: torch.d
 
 
 def train_alone(cfg, batches: list[torch.Tensor], device: torch.device) -> float:
-    trainer = Trainer(build_sae(cfg).train())
+    trainer = Trainer(build_sae(cfg))
     trainer.sae.initialise_from(batches[0])
     start = time.perf_counter()
     for step, x in enumerate(batches):

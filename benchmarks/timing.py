@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine's name, tables."""
+"""What the benchmarks share: the floor of a step, interleaved timing, the machine's name, tables."""
 
 import json
 import platform
@@ -9,14 +9,40 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where a benchmark runs as a script
 
-from training import synchronise
+
+def floor_step(x: Float[Tensor, "batch act_size"], dict_size: int, product_dtype: torch.dtype) -> Callable[[], None]:
+    """Prepare the least that a training step can cost, ready to be run and timed on x.
+
+    One encoder product into a reused buffer and one fused Adam step over matrices of the size of W_enc and W_dec: no
+    step that trains all of both does without them.
+    """
+    encoder, decoder = (x.new_ones(dict_size, x.shape[1], dtype=torch.float32) for _ in range(2))
+    for matrix in (encoder, decoder):
+        matrix.grad = torch.ones_like(matrix)
+    adam = torch.optim.Adam([encoder, decoder], fused=True)
+    x = x.to(product_dtype)
+    product = x.new_empty(len(x), dict_size)
+
+    def run() -> None:
+        torch.mm(x, encoder.to(product_dtype).t(), out=product)
+        adam.step()
+
+    return run
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what the device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def machine(device: torch.device) -> str:
-    """One line that says where the figures come from."""
+    """Say in one line where the figures come from."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -31,7 +57,7 @@ def machine(device: torch.device) -> str:
 def interleaved(
     contenders: dict[str, Callable[[], None]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each contender, `repeats` times, in turn, after one round that does not count."""
+    """Time each contender, `repeats` times, in turn, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(-1, repeats):
         for name, run in contenders.items():
@@ -49,7 +75,7 @@ def median(seconds: list[float]) -> float:
 
 
 def spread(seconds: list[float]) -> str:
-    """Median and range in milliseconds."""
+    """Write median and range in milliseconds."""
     return f"{median(seconds) * 1e3:.0f} ({min(seconds) * 1e3:.0f}-{max(seconds) * 1e3:.0f})"
 
 

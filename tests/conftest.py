@@ -1,5 +1,4 @@
-"""Shared fixtures. Checks the shapes in the signatures of sparse.py, choose.py and sae.py at every call, so it runs
-before they are imported."""
+"""Shared fixtures. Importing this has the shapes in the signatures of sae.py and kernels/ checked at every call."""
 
 import json
 import os
@@ -15,7 +14,8 @@ from jaxtyping import install_import_hook
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-install_import_hook(["sparse", "choose", "sae"], "beartype.beartype")
+install_import_hook(["kernels", "sae"], "beartype.beartype")
+torch.set_num_threads(1)  # more make tensors as small as these slower, above all where the cores have other work
 
 END_OF_TEXT = "<|endoftext|>"
 

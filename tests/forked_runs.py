@@ -2,7 +2,7 @@
 at once.
 
 Reads a request a line from standard input, JSON: {"args": [...], "cwd": ..., and some of
-    "processes": n                   so many, as torchrun starts them
+    "processes": n                   so many, as torchrun starts them, with its store but without its agent
     "job": name                      of a function of rank_jobs.py, called with args instead of main.py
     "before": name                   of a function of rank_jobs.py, called before main.py
     "kill_after": seconds            SIGKILL then
@@ -18,28 +18,25 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import rank_jobs
 import torch
-from transformer_lens.model_bridge import TransformerBridge  # noqa: F401  (what a run imports late)
+import torch.distributed as dist
 
-import disk
-import evaluation  # noqa: F401
 import main
-import results  # noqa: F401
-import training  # noqa: F401
+from runtime import disk
 
 WATCH = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
-def child(request: dict, environment: dict[str, str]) -> None:
+def child(request: dict, environment: dict[str, str]) -> int | None:
     os.environ.update(environment)
     os.chdir(request["cwd"])
     torch.set_num_threads(1)
@@ -58,10 +55,8 @@ def child(request: dict, environment: dict[str, str]) -> None:
     if before := request.get("before"):
         getattr(rank_jobs, before)()
     if job := request.get("job"):
-        getattr(rank_jobs, job)(*request["args"])
-    else:
-        sys.argv = ["main.py", *request["args"]]
-        main.main()
+        return getattr(rank_jobs, job)(*request["args"])
+    return main.main(request["args"])
 
 
 def fork(request: dict, environment: dict[str, str], out: IO[str], err: IO[str]) -> int:
@@ -71,10 +66,7 @@ def fork(request: dict, environment: dict[str, str], out: IO[str], err: IO[str])
         try:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            child(request, environment)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
+            code = child(request, environment) or 0
         except BaseException:
             traceback.print_exc()
         finally:
@@ -85,18 +77,39 @@ def fork(request: dict, environment: dict[str, str], out: IO[str], err: IO[str])
     return pid
 
 
+@contextlib.contextmanager
+def as_torchrun(count: int) -> Iterator[dict[str, str]]:
+    """Keep the store of a run in a process of its own; gives what torchrun puts into the environment of the others."""
+    if count == 1:
+        yield {}
+        return
+    reading, writing = os.pipe()
+    server, pid = os.getpid(), os.fork()
+    if pid == 0:
+        store = dist.TCPStore("localhost", 0, count, is_master=True, wait_for_workers=False)
+        os.write(writing, str(store.port).encode())
+        while os.getppid() == server:
+            time.sleep(1)
+        os._exit(0)
+    os.close(writing)
+    with open(reading, "rb", buffering=0) as pipe:
+        port = pipe.read(16).decode()
+    yield {
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def serve(request: dict) -> list[dict]:
     count = request.get("processes", 1)
-    environment = {}
-    if count > 1:
-        with socket.create_server(("localhost", 0)) as free:
-            port = free.getsockname()[1]
-        environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    with contextlib.ExitStack() as files:
-        outputs = [tuple(files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)) for _ in range(count)]
+    with contextlib.ExitStack() as stack:
+        environment = stack.enter_context(as_torchrun(count))
+        outputs = [tuple(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)) for _ in range(count)]
         start = time.perf_counter()
         pids = [
-            fork(request, environment | ({"RANK": str(rank)} if count > 1 else {}), *output)
+            fork(request, environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if environment else {}), *output)
             for rank, output in enumerate(outputs)
         ]
         if (seconds := request.get("kill_after")) is not None:

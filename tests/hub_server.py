@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import pytest
 
 COMMIT = "1234567890" * 4
+TOKEN = "hf_secretSECRETsecret"
 
 
 class Hub:
@@ -90,11 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif call == "revision":
             self._answer({"id": name, "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]})
         else:
-            entries = [
-                {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for path, data in files.items()
-            ]
-            self._answer(entries)
+            files = {path: (len(data), hashlib.sha1(data).hexdigest()) for path, data in files.items()}
+            self._answer([{"type": "file", "path": path, "size": n, "oid": oid} for path, (n, oid) in files.items()])
 
     do_GET = do_HEAD = do_POST = _handle
 
@@ -114,7 +112,7 @@ def standing_in(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_secretSECRETsecret")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         try:
             yield hub
         finally:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,20 +12,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import activation_store
 import logs
-import main
-import ranks
-from activation_store import ActivationsStore, check_model, load_model
+import sweep
+from activation_store import ActivationsStore
 from config import Config
-from disk import save_state
 from evaluation import evaluate, training_metrics
+from language_model import check_model, load_model
 from logs import RunLog
+from runtime import ranks
+from runtime.disk import save_state
 from sae import SAE_TYPES
 from training import Trainer, train
 
 D, F, B = 16, 96, 48
 SMALL = dict(act_size=D, dict_size=F, top_k=4, top_k_aux=8, batch_size=B, num_tokens=100 * B, dead_after_tokens=10 * B)
+ON_TEXT = Config(
+    model_name="tiny-gpt2", dataset_path="animals.txt", layer=1, seq_len=32, model_batch_size=8,
+    num_batches_in_buffer=4, batch_size=B, num_tokens=50 * B, dict_size=F, top_k=4, lr=0.01, l1_coeff=0.01,
+    eval_windows=8, dead_after_tokens=5 * B, device="cpu",
+)  # fmt: skip
 
 
 def activations(rows: int) -> Tensor:
@@ -37,23 +43,24 @@ def record(name: str, tensors: dict[str, Tensor]) -> None:
 
 
 def one_step() -> None:
-    """The gradients of a step in which a third of the latents are dead, and what the step left, for each type."""
+    """Record the gradients of a step in which a third of the latents are dead, and what the step left, by type."""
     ranks.start("batches", torch.device("cpu"))
     x = activations(B)[ranks.rank() :: ranks.count()]
+    common = Config(l1_coeff=0.1, bandwidth=0.3, threshold_init=0.1, input_unit_norm=False, **SMALL)
     for sae_type, sae_class in SAE_TYPES.items():
-        sae = sae_class(Config(l1_coeff=0.1, bandwidth=0.3, threshold_init=0.1, input_unit_norm=False, **SMALL)).train()
+        trainer = Trainer(sae_class(replace(common, sae_type=sae_type)))
+        sae = trainer.sae
         sae.initialise_from(x)
         sae.tokens_since_fired[::3] = 20 * B
-        trainer = Trainer(sae)
         found: dict[str, Tensor] = {}
         step = trainer.optimizer.step
 
-        def stop(found: dict[str, Tensor] = found, trainer: Trainer = trainer, step=step) -> None:
+        def look_and_step(found: dict[str, Tensor] = found, trainer: Trainer = trainer, step=step) -> None:
             names = [name for name, _ in trainer.sae.named_parameters()]
             found |= {f"gradient of {name}": view.grad.clone() for name, view in zip(names, trainer.views)}
             step()
 
-        trainer.optimizer.step = stop
+        trainer.optimizer.step = look_and_step
         out = trainer.step(x, 50)
         found |= {name: ranks.mean(term) for name, term in out.losses.items()} | dict(sae.state_dict())
         metrics = training_metrics(sae, x, out)
@@ -63,38 +70,27 @@ def one_step() -> None:
 
 
 def fifty_steps() -> None:
-    """Everything of each type after 50 steps on a model's activations, and the rows of the first batches."""
+    """Record all of each type after 50 steps on a model's activations, and the rows of the first batches."""
     ranks.start("batches", torch.device("cpu"))
-    cfg = check_model(
-        Config(
-            model_name="tiny-gpt2", dataset_path="animals.txt", layer=1, seq_len=32, model_batch_size=8,
-            num_batches_in_buffer=4, batch_size=B, num_tokens=50 * B, dict_size=F, top_k=4, lr=0.01, l1_coeff=0.01,
-            eval_windows=8, dead_after_tokens=5 * B, device="cpu",
-        )
-    )  # fmt: skip
+    cfg = check_model(ON_TEXT)
     model = load_model(cfg)
-    if ranks.count() == 1:
-        store = ActivationsStore(model, cfg)
-        record("rows", {"x": torch.cat([store.next_batch() for _ in range(20)])})
-        return
-    saes = [sae_class(cfg) for sae_class in SAE_TYPES.values()]
-    found = train(saes, ActivationsStore(model, cfg))
-    Path(f"metrics-{ranks.rank()}.json").write_text(json.dumps(found))
-    state = {sae.cfg.sae_type: dict(sae.state_dict()) for sae in saes}
-    save_state(state, Path(f"fifty-steps-{ranks.rank()}.safetensors"))
-    store = ActivationsStore(model, cfg)
-    record("rows", {"x": torch.cat([store.next_batch() for _ in range(20)]), "mean": store.mean})
+
+    if ranks.count() > 1:
+        saes = [sae_class(replace(cfg, sae_type=sae_type)) for sae_type, sae_class in SAE_TYPES.items()]
+        found = train(saes, ActivationsStore(model, [cfg]))
+        Path(f"metrics-{ranks.rank()}.json").write_text(json.dumps(found))
+        state = {sae.cfg.sae_type: dict(sae.state_dict()) for sae in saes}
+        save_state(state, Path(f"fifty-steps-{ranks.rank()}.safetensors"))
+    store = ActivationsStore(model, [cfg])
+    rows = torch.cat([store.next_batch()[cfg.hook_name] for _ in range(20)])
+    record("rows", {"x": rows, "mean": store.mean[cfg.hook_name]})
 
 
 def evaluated() -> None:
-    """What each process measures on five windows, of which one has nothing but special tokens."""
+    """Record what each process measures on five windows, of which one has nothing but special tokens."""
     ranks.start("batches", torch.device("cpu"))
-    cfg = check_model(
-        Config(
-            model_name="tiny-gpt2", dataset_path="animals.txt", layer=1, seq_len=32, dict_size=F, top_k=4, device="cpu"
-        )
-    )
-    saes = [SAE_TYPES["topk"](cfg), SAE_TYPES["vanilla"](cfg)]
+    cfg = check_model(ON_TEXT)
+    saes = [SAE_TYPES[sae_type](replace(cfg, sae_type=sae_type)).eval() for sae_type in ("topk", "vanilla")]
     tokens = torch.randint(1, 300, (5, 24), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 0
     tokens[3] = 0
@@ -102,50 +98,75 @@ def evaluated() -> None:
     Path(f"metrics-{ranks.rank()}.json").write_text(json.dumps(found))
 
 
-# ---- what goes wrong in the second process ----
+def never_comes() -> None:
+    ranks.TO_JOIN = timedelta(seconds=3)
+    if ranks.world_rank() == 0:
+        ranks.start("batches", torch.device("cpu"))
+
+
+def ends_last(stops: str) -> None:
+    """The second process has more to train than the first, or is stopped."""
+    ranks.start("saes", torch.device("cpu"))
+    if ranks.world_rank() == 0:
+        ranks.say_done()
+        assert not ranks.all_done()
+    ranks.in_any(False)
+    if ranks.world_rank() == 1:
+        ranks.say_done(stopped=stops == "stops")
+    ranks.in_any(False)
+    assert ranks.all_done() and ranks.any_stopped() == (stops == "stops")
+    ranks.finish()
+
+
+# ---- what goes wrong with main.py ----
+
+
+def _change_batch_34_of_the_second(change: object) -> None:
+    next_batch, calls = ActivationsStore.next_batch, iter(range(1000))
+
+    def changed(store: ActivationsStore) -> dict[str, Tensor]:
+        rows = next_batch(store)
+        if next(calls) == 33 and ranks.rank() == 1:
+            change(rows)
+        return rows
+
+    ActivationsStore.next_batch = changed
 
 
 def cannot_read() -> None:
-    next_batch, calls = ActivationsStore.next_batch, iter(range(1000))
+    def fail(rows: dict[str, Tensor]) -> None:
+        raise OSError("the cable is out")
 
-    def fail(store: ActivationsStore) -> Tensor:
-        if next(calls) == 33 and ranks.rank() == 1:
-            raise OSError("the cable is out")
-        return next_batch(store)
+    _change_batch_34_of_the_second(fail)
 
-    ActivationsStore.next_batch = fail
+
+def reads_nan() -> None:
+    def poison(rows: dict[str, Tensor]) -> None:
+        for x in rows.values():
+            x[0, 0] = torch.nan
+
+    _change_batch_34_of_the_second(poison)
 
 
 def fills_slowly() -> None:
-    """Before main.py: there is time before the first step."""
+    """Leave time before the first step."""
     next_batch = ActivationsStore.next_batch
     ActivationsStore.next_batch = lambda store: time.sleep(2) or next_batch(store)
 
 
 def slows_down_after_step_20() -> None:
-    """Before main.py: there is time within step 21."""
+    """Leave time within step 21."""
     step = Trainer.step
     Trainer.step = lambda trainer, x, number: time.sleep(5 * (number == 20)) or step(trainer, x, number)
 
 
-def reads_nan() -> None:
-    next_batch, calls = ActivationsStore.next_batch, iter(range(1000))
-
-    def poison(store: ActivationsStore) -> Tensor:
-        x = next_batch(store)
-        if next(calls) == 33 and ranks.rank() == 1:
-            x[0, 0] = torch.nan
-        return x
-
-    activation_store.ActivationsStore.next_batch = poison
-
-
 def sees_another_disk() -> None:
     if ranks.world_rank() == 1:
-        main.os.path.exists = lambda path: False
+        sweep.os.path.exists = lambda path: False
 
 
 def dies_once_saved() -> None:
+    """The second process is slow to write its state, and the first dies right after its own is there."""
     save, commit = logs.save_state, RunLog._commit
 
     def late(state: dict, path: Path) -> None:
@@ -158,38 +179,3 @@ def dies_once_saved() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     logs.save_state, RunLog._commit = late, last
-
-
-# ---- who is gone ----
-
-
-def never_comes() -> None:
-    ranks.TO_JOIN = timedelta(seconds=3)
-    if ranks.world_rank() == 0:
-        ranks.start("batches", torch.device("cpu"))
-
-
-def dies_before_the_end() -> None:
-    ranks.start("saes", torch.device("cpu"))
-    if ranks.world_rank() == 0:
-        signal.signal(signal.SIGTERM, lambda number, frame: None)  # as main.py does
-        ranks.finish(False)
-    if ranks.world_rank() == 2:
-        time.sleep(1)
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
-
-
-def waits() -> None:
-    ranks.start("batches", torch.device("cpu"))
-    if ranks.rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
-
-
-def one_has_more_to_do() -> None:
-    """After the end, as the first process does, which alone makes the table."""
-    ranks.start("batches", torch.device("cpu"))
-    assert not ranks.finish(False)
-    if ranks.rank() == 0:
-        time.sleep(ranks.GRACE_SECONDS + 1)

@@ -1,4 +1,4 @@
-"""DESIGN section 4, dense and in float64, written from its formulas alone: what sae.py and sparse.py are held against.
+"""Write out each type in dense float64 formulas, which share no code with sae.py or the kernels that they check.
 
 Gradients come from ordinary autograd, except JumpReLU's, whose straight-through estimators are written out by hand.
 `params` holds W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and, for JumpReLU [F] and BatchTopK [], threshold.

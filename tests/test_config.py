@@ -3,22 +3,20 @@
 import dataclasses
 import json
 import re
-from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
-from config import SITES, SWEEPS, Config, SaeType, field_docs
+from config import GROUPS, HINTS, RESULT_FIELDS, SITES, SWEEPS, TYPES, Config, unused_by
+from runtime.checks import checked, choices
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 CHANGED = dict(
     model_name="gpt2", layer=1, site="mlp_out", dataset_path="corpus.txt", dataset_name="sample-10BT", seq_len=64,
-    model_batch_size=16, num_batches_in_buffer=8, act_size=256, dtype="bfloat16", sae_type="vanilla", dict_size=1024,
-    top_k=16, l1_coeff=0.1, bandwidth=0.01, threshold_init=0.01, top_k_aux=128, aux_penalty=0.1,
-    dead_after_tokens=1000, product_dtype="bfloat16", input_unit_norm=False, seed=1, num_tokens=500_000,
-    batch_size=1024, lr=1e-3, beta1=0.8, beta2=0.999,
-    max_grad_norm=2.0, lr_warmup=0.1, lr_decay=0.1, sparsity_warmup=0.2, device="cuda:1",
+    model_batch_size=16, num_batches_in_buffer=8, act_size=256, dtype="bfloat16", seed=1, num_tokens=500_000,
+    batch_size=1024, sae_type="vanilla", dict_size=1024, top_k=16, l1_coeff=0.1, bandwidth=0.01, threshold_init=0.01,
+    top_k_aux=128, aux_penalty=0.1, dead_after_tokens=1000, product_dtype="bfloat16", input_unit_norm=False, lr=1e-3,
+    beta1=0.8, beta2=0.999, max_grad_norm=2.0, lr_warmup=0.1, lr_decay=0.1, sparsity_warmup=0.2, device="cuda:1",
     wandb_project="other", wandb_mode="disabled", log_freq=10, perf_log_freq=10, eval_windows=8, checkpoint_freq=10,
     resume_freq=10, share="saes", output_dir="elsewhere",
 )  # fmt: skip
@@ -38,11 +36,11 @@ STREAM = {
 }  # fmt: skip
 
 
-def test_every_field_is_documented_and_tested_here() -> None:
-    docs = field_docs()
-    assert list(docs) == FIELDS and list(CHANGED) == FIELDS
-    assert all(doc.strip() and doc == doc.strip() and doc.endswith((".", ")")) for doc in docs.values())
+def test_every_field_stands_in_one_group_and_is_tested_here() -> None:
+    grouped = [field for group in GROUPS for field in group.__dataclass_fields__]
+    assert grouped == list(CHANGED) == FIELDS == list(HINTS)
     assert all(getattr(Config(), field) != value for field, value in CHANGED.items())
+    assert {*FIELDS} - {*RESULT_FIELDS} == OUTPUT
 
 
 @pytest.mark.parametrize("cfg", [Config(), Config(**CHANGED), Config(lr=0.1 + 0.2, l1_coeff=1e-300, seed=2**53 + 1)])
@@ -60,87 +58,80 @@ def test_it_is_frozen_and_takes_keywords_only() -> None:
         Config("gpt2")
 
 
-@pytest.mark.parametrize("sae_type", get_args(SaeType))
-@pytest.mark.parametrize("field", FIELDS)
-def test_name_differs_exactly_where_the_result_can(field: str, sae_type: str) -> None:
-    value = "topk" if (field, sae_type) == ("sae_type", "vanilla") else CHANGED[field]
+@pytest.mark.parametrize("sae_type", TYPES)
+def test_name_differs_exactly_where_the_result_can(sae_type: str) -> None:
     cfg = Config(sae_type=sae_type)
-    changed = dataclasses.replace(cfg, **{field: value})
-    assert (changed.name == cfg.name) == (field in OUTPUT | UNUSED[sae_type])
+    changed = CHANGED | {"sae_type": "topk" if sae_type == "vanilla" else "vanilla"}
+    same = {field for field in FIELDS if dataclasses.replace(cfg, **{field: changed[field]}).name == cfg.name}
+    assert same == OUTPUT | UNUSED[sae_type] and unused_by(sae_type) == UNUSED[sae_type]
 
 
-@pytest.mark.parametrize("field", FIELDS)
-def test_stream_differs_exactly_where_the_activations_do(field: str) -> None:
-    changed = dataclasses.replace(Config(), **{field: CHANGED[field]})
-    assert (changed.stream == Config().stream) == (field not in STREAM)
+def test_stream_differs_exactly_where_the_activations_do() -> None:
+    cfg = Config()
+    assert {f for f in FIELDS if dataclasses.replace(cfg, **{f: CHANGED[f]}).stream != cfg.stream} == STREAM
 
 
 @pytest.mark.parametrize(
     "model_name",
-    [
-        "gpt2",
-        "EleutherAI/pythia-70m",
-        "../../etc",
-        "..",
-        "/",
-        "/abs/olute/",
-        "~/a b",
-        "C:\\x",
-        "-rf",
-        "a\nb",
-        "x" * 999,
-        "中" * 99,
-        "é\ud800",
-    ],
+    ["EleutherAI/pythia-70m", "..", "/", "~/a b", "C:\\x", "-rf", "a\nb", "x" * 999, "中" * 99, "é\ud800"],
 )
 def test_name_is_a_plain_file_name(model_name: str) -> None:
-    for cfg in (Config(model_name=model_name), Config(model_name=model_name, sae_type="vanilla", l1_coeff=1e-9)):
-        assert Path(cfg.name).name == cfg.name and len(cfg.name) < 150
-        assert cfg.name[0] not in ".-" and re.fullmatch("[A-Za-z0-9_.-]+", cfg.name)
-        assert f"-L2-resid_pre-{cfg.sae_type}-2048-{cfg.sparsity_label}-" in cfg.name
+    for settings, label in (({"top_k": 16}, "batchtopk-2048-k-16"), ({"sae_type": "vanilla"}, "vanilla-2048-l1-1e-09")):
+        cfg = Config(model_name=model_name, l1_coeff=1e-9, **settings)
+        assert len(cfg.name) < 150 and re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_.-]+", cfg.name)
+        assert f"-L2-resid_pre-{label}-" in cfg.name
 
 
-def test_names_of_models_that_look_alike_differ() -> None:
-    names = [Config(model_name=m).name for m in ("a/b", "a-b", "a.b", f"{'x' * 60}b", f"y{'x' * 59}b")]
-    assert len(set(names)) == len(names)
+def test_names_of_what_looks_alike_differ() -> None:
+    models = [Config(model_name=m) for m in ("a/b", "a-b", "a.b", f"{'x' * 60}b", f"y{'x' * 59}b")]
+    settings = [Config(sae_type="jumprelu", l1_coeff=c) for c in (0.004, 0.004 + 1e-12)]
+    assert len({cfg.name for cfg in models + settings}) == 7
 
 
-def test_names_of_settings_that_are_close_differ() -> None:
-    names = [Config(sae_type="jumprelu", l1_coeff=c).name for c in (0.004, 0.004 + 1e-12)]
-    assert names[0] != names[1]
+def test_the_hook_of_each_site() -> None:
+    hooks = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z"]
+    sites = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
+    cfgs = [Config(layer=8, site=site) for site in SITES]
+    assert list(SITES) == sites and [cfg.hook_name for cfg in cfgs] == [f"blocks.8.{hook}" for hook in hooks]
+    assert all(cfg.reads == cfg.writes == (cfg.hook_name,) for cfg in cfgs)
 
 
-@pytest.mark.parametrize("site, hook", [
-    ("resid_pre", "hook_resid_pre"), ("resid_mid", "hook_resid_mid"), ("resid_post", "hook_resid_post"),
-    ("attn_out", "hook_attn_out"), ("mlp_out", "hook_mlp_out"), ("z", "attn.hook_z"),
-])  # fmt: skip
-def test_hook_point_of_each_site(site: str, hook: str) -> None:
-    assert Config(layer=8, site=site).hook_point == f"blocks.8.{hook}"
-    assert len(SITES) == 6
+def test_steps_are_whole_batches_and_half_of_them_make_a_latent_dead() -> None:
+    cfgs = [Config(num_tokens=n, batch_size=1000) for n in (1000, 1999, 2000)]
+    assert [cfg.num_steps for cfg in cfgs] == [1, 1, 2] and [cfg.dead_after for cfg in cfgs] == [500, 999, 1000]
+    assert Config(num_tokens=10**9).dead_after == 10_000_000 and Config(dead_after_tokens=7).dead_after == 7
 
 
-@pytest.mark.parametrize("num_tokens, batch_size, steps", [(1000, 1000, 1), (1999, 1000, 1), (2000, 1000, 2)])
-def test_steps_are_whole_batches(num_tokens: int, batch_size: int, steps: int) -> None:
-    assert Config(num_tokens=num_tokens, batch_size=batch_size).num_steps == steps
-
-
-def test_device_and_dtype_become_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Config(device="cuda:1", dtype="bfloat16").torch_device == torch.device("cuda", 1)
-    assert Config(dtype="bfloat16").torch_dtype is torch.bfloat16
+def test_the_device_becomes_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Config(device="cuda:1").torch_device == torch.device("cuda", 1)
     for available, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert Config().torch_device == torch.device(device)
 
 
-def test_whole_numbers_too_large_for_a_float_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^lr = 10+: give less than 2\*\*63$"):
-        Config(lr=10**400)
+# ---- what a field may be ----
 
 
 def test_whole_numbers_are_taken_for_floats() -> None:
     cfg = Config(lr=1, beta1=0)
     assert type(cfg.lr) is float and type(cfg.beta1) is float
     assert cfg == Config(lr=1.0, beta1=0.0) and cfg.name == Config(lr=1.0, beta1=0.0).name
+
+
+def test_a_field_of_several_numbers_takes_a_list_and_one_alone() -> None:
+    hint = tuple[float, ...]
+    found = [checked("prefixes", value, hint) for value in ([0.25, 1], (0.25, 1.0), 1)]
+    assert found == [(0.25, 1.0), (0.25, 1.0), (1.0,)] and type(found[0][1]) is float
+    for value, remedy in (((0.25, "x"), "give a list of float"), ([1, float("nan")], "give a finite number")):
+        with pytest.raises(ValueError, match=f"^prefixes = {re.escape(repr(value))}: {remedy}$"):
+            checked("prefixes", value, hint)
+
+
+def test_fields_of_few_values() -> None:
+    few = {field: values for field, hint in HINTS.items() if (values := choices(hint))}
+    assert few.pop("input_unit_norm") == ("True", "False") and few["sae_type"] == tuple(TYPES)
+    assert list(few) == ["site", "dtype", "sae_type", "product_dtype", "wandb_mode", "share"]
+    assert all(checked(field, value, HINTS[field]) == value for field, values in few.items() for value in values)
 
 
 POSITIVE = [
@@ -154,7 +145,6 @@ REFUSED = [
     *((field, -1, "0 or more") for field in ("layer", "l1_coeff", "threshold_init", "aux_penalty", "seed")),
     *((field, " ", "give a name") for field in ("model_name", "dataset_path", "wandb_project", "output_dir")),
     ("model_name", "a\0b", "give a name"),
-    *((field, 2**63, "less than 2**63") for field in ("layer", "dict_size", "act_size")),
     *((field, None, "give int") for field in ("layer", "seq_len", "seed", "top_k")),
     *((field, "3", "give int or None") for field in ("act_size", "checkpoint_freq")),
     *((field, value, "between 0 and 1") for field in ("lr_warmup", "sparsity_warmup") for value in (-0.1, 1.1)),
@@ -166,16 +156,17 @@ REFUSED = [
     ("input_unit_norm", 1, "give bool"),
     ("dataset_name", 3, "give str or None"),
     ("model_name", None, "give str"),
-    ("seed", 2**63, "less than 2**63"),
+    *((field, 2**63, "less than 2**63") for field in ("seed", "layer", "dict_size", "act_size")),
+    ("lr", 10**400, "less than 2**63"),
     ("seq_len", 1, "at least 2"),
     ("num_batches_in_buffer", 1, "at least 2"),
     ("lr_decay", 1.1, "between 0 and 1"),
     ("lr_decay", 0.96, "lr_warmup is 0.05"),
     ("top_k", 2049, "at most dict_size, 2048"),
-    ("num_tokens", 2047, "batch_size 2048"),
-    ("sae_type", "batch_topk", "did you mean 'batchtopk'? give one of vanilla, topk, batchtopk, jumprelu"),
+    ("num_tokens", 2047, "give at least a batch of 2048"),
+    ("sae_type", "batch_topk", "did you mean batchtopk? give one of vanilla, topk, batchtopk, jumprelu"),
     ("sae_type", None, "give one of vanilla"),
-    ("site", "resid_per", "did you mean 'resid_pre'? give one of resid_pre, resid_mid"),
+    ("site", "resid_per", "did you mean resid_pre? give one of resid_pre, resid_mid"),
     ("dtype", "fp32", "give one of float32, bfloat16, float16"),
     ("wandb_mode", "on", "give one of offline, online, disabled"),
     *(
@@ -190,8 +181,7 @@ def test_bad_values_are_refused_in_one_line(field: str, value: object, remedy: s
     with pytest.raises(ValueError) as error:
         Config(**{field: value})
     message = str(error.value)
-    shown = repr(float(value)) if isinstance(getattr(Config(), field), float) and type(value) is int else repr(value)
-    assert message.startswith(f"{field} = {shown}: ") and remedy in message and "\n" not in message
+    assert message.startswith(f"{field} = {value!r}: ") and remedy in message and "\n" not in message
 
 
 @pytest.mark.parametrize("sae_type", ["vanilla", "jumprelu"])
@@ -199,19 +189,22 @@ def test_top_k_is_no_matter_to_types_without_it(sae_type: str) -> None:
     Config(sae_type=sae_type, dict_size=8, top_k=32)
 
 
+# ---- the named sweeps ----
+
+
 def test_tiny_sweep_is_four_types_at_three_levels_on_one_stream() -> None:
     cfgs = SWEEPS["tiny"]()
     assert [cfg.sae_type for cfg in cfgs] == [t for t in ("vanilla", "topk", "batchtopk", "jumprelu") for _ in range(3)]
     assert len({cfg.name for cfg in cfgs}) == len(cfgs) and len({cfg.stream for cfg in cfgs}) == 1
-    assert len({(cfg.sae_type, cfg.sparsity_label) for cfg in cfgs}) == 12
+    assert len({(cfg.sae_type, getattr(cfg, cfg.type.sparsity)) for cfg in cfgs}) == 12
     assert {cfg.model_name for cfg in cfgs} == {"tiny-lm"} and {cfg.wandb_mode for cfg in cfgs} == {"offline"}
 
 
 def test_gpt2_sweep_is_the_batchtopk_paper_s_on_one_stream() -> None:
     cfgs = SWEEPS["gpt2"]()
     assert len({cfg.name for cfg in cfgs}) == 15 and len({cfg.stream for cfg in cfgs}) == 1
-    assert {(cfg.model_name, cfg.hook_point) for cfg in cfgs} == {("gpt2", "blocks.8.hook_resid_pre")}
-    by_type = {t: [c for c in cfgs if c.sae_type == t] for t in get_args(SaeType)}
+    assert {(cfg.model_name, cfg.hook_name) for cfg in cfgs} == {("gpt2", "blocks.8.hook_resid_pre")}
+    by_type = {t: [c for c in cfgs if c.sae_type == t] for t in TYPES}
     sizes = {(768 * 16, 16), (768 * 16, 32), (768 * 16, 64), (768 * 4, 32), (768 * 8, 32), (768 * 32, 32)}
     for sae_type in ("topk", "batchtopk"):
         assert {(cfg.dict_size, cfg.top_k) for cfg in by_type[sae_type]} == sizes and len(by_type[sae_type]) == 6

@@ -1,4 +1,4 @@
-"""disk.py, and checkpoints on it: killed at every line, on a full disk, beside what others left."""
+"""Files and checkpoints written by processes that are killed at every line, and on a full disk."""
 
 import errno
 import json
@@ -15,24 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import disk
-import logs
+import checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from config import Config
-from disk import save_tensors, write_durably
-from logs import load_checkpoint, save_checkpoint
 from results import load_results
+from runtime import disk
+from runtime.disk import save_tensors, write_durably
 from sae import BaseAutoencoder, build_sae
 
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_whoever_may_read_other_files_may_read_tensors(tmp_path: Path, mask: int) -> None:
-    before = os.umask(mask)
-    save_checkpoint(sae(0), tmp_path / "sae")
-    disk.save_state({"a": torch.zeros(2)}, tmp_path / "state")
-    os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o666 & ~mask}
 
 
 def sae(seed: int, dict_size: int = 4) -> BaseAutoencoder:
@@ -40,7 +31,7 @@ def sae(seed: int, dict_size: int = 4) -> BaseAutoencoder:
 
 
 def in_child(work: Callable[[], object]) -> tuple[int, str]:
-    """Exit code of a child process that does the work, and the error it ended with."""
+    """Do the work in a child process; returns its exit code, and the error it ended with."""
     receiver, sender = FORK.Pipe(duplex=False)
 
     def run() -> None:
@@ -58,12 +49,12 @@ def in_child(work: Callable[[], object]) -> tuple[int, str]:
 
 
 def killed_at(line: int, work: Callable[[], object]) -> Callable[[], object]:
-    """`work`, whose process kills itself where it comes to its line-th line of disk.py and logs.py."""
+    """Make `work` kill its process where it comes to its line-th line of disk.py and checkpoint.py."""
     left = line
 
     def trace(frame: object, event: str, _: object) -> Callable | None:
         nonlocal left
-        if frame.f_code.co_filename not in (disk.__file__, logs.__file__):
+        if frame.f_code.co_filename not in (disk.__file__, checkpoint.__file__):
             return None
         left -= event == "line"
         if left == 0:
@@ -78,12 +69,21 @@ def killed_at(line: int, work: Callable[[], object]) -> Callable[[], object]:
     return traced
 
 
-def seed_of(checkpoint: Path) -> int:
-    """Of the SAE there, which is loaded, and the one with that seed."""
-    loaded = load_checkpoint(checkpoint)
+def seed_of(folder: Path) -> int:
+    """Load the SAE there; returns the seed, of which it has every number."""
+    loaded = load_checkpoint(folder)
     expected = sae(loaded.cfg.seed).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
     return loaded.cfg.seed
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_whoever_may_read_other_files_may_read_tensors(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    save_checkpoint(sae(0), tmp_path / "sae")
+    disk.save_state({"a": torch.zeros(2)}, tmp_path / "state")
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize("existing", [True, False])
@@ -92,7 +92,7 @@ def test_killed_at_any_line_a_checkpoint_is_whole_or_not_there(
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # it is slow, and who is killed keeps the power
     kills, gaps, replaced = 0, 0, 0
-    for line in range(1, 1000, 1 if existing else 3):
+    for line in range(1, 1000, 1 if existing else 5):
         parent = tmp_path / "sweep" / f"killed-at-{line}"
         parent.mkdir(parents=True)
         (parent / "config.json").write_text(json.dumps(Config().to_dict()))
@@ -117,11 +117,8 @@ def test_killed_at_any_line_a_checkpoint_is_whole_or_not_there(
             hidden = [p for p in parent.iterdir() if p.name.startswith(".step-000010.")]
             assert sorted(seed_of(p) for p in hidden) == [1, 2]
 
-        save_checkpoint(sae(3), parent / "step-000020")  # sweeps
-        assert set(os.listdir(parent)) - {"step-000010"} == {"step-000020", "config.json", "metrics.jsonl"}
-        assert path.exists() or not existing
-        if path.exists():
-            assert seed_of(path) in (1, 2)
+        save_checkpoint(sae(3), path)
+        assert set(os.listdir(parent)) == {"step-000010", "config.json", "metrics.jsonl"} and seed_of(path) == 3
     assert kills > 10 and replaced > 0 and (gaps > 0) == existing
 
 
@@ -137,20 +134,6 @@ def test_a_file_killed_at_any_line_is_the_old_or_the_new(tmp_path: Path) -> None
     assert len(found) > 10 and found == sorted(found, reverse=True) and set(found) == {b"old", b"new"}
 
 
-def test_what_was_half_removed_is_not_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(folder: Path) -> None:
-        (folder / "cfg.json").unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    save_checkpoint(sae(1), tmp_path / "c")
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
-        assert in_child(lambda: save_checkpoint(sae(2), tmp_path / "c")) == (-signal.SIGKILL, "")
-    (tmp_path / "c").rename(tmp_path / "kept")
-    save_checkpoint(sae(3), tmp_path / "d")
-    assert set(os.listdir(tmp_path)) == {"kept", "d"} and seed_of(tmp_path / "kept") == 2
-
-
 def test_a_rename_that_fails_puts_the_old_checkpoint_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: Path, target: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -160,6 +143,14 @@ def test_a_rename_that_fails_puts_the_old_checkpoint_back(tmp_path: Path, monkey
         patch.setattr(Path, "replace", fails)
         with pytest.raises(OSError, match="Input/output error"):
             save_checkpoint(sae(2), tmp_path / "c")
+    assert os.listdir(tmp_path) == ["c"] and seed_of(tmp_path / "c") == 1
+
+
+def test_a_write_that_fails_after_one_that_was_killed_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    """The killed one had moved it away, and had not put the new one in its place."""
+    save_checkpoint(sae(1), tmp_path / ".c.replaced")
+    with pytest.raises(ZeroDivisionError):
+        write_durably(tmp_path / "c", lambda folder: 1 / 0)
     assert os.listdir(tmp_path) == ["c"] and seed_of(tmp_path / "c") == 1
 
 
@@ -192,35 +183,6 @@ def test_all_is_flushed_before_it_has_its_name(tmp_path: Path, monkeypatch: pyte
     assert done[3] == done[0].parent and done[4:] == ["renamed", tmp_path]
 
 
-def test_what_living_processes_write_and_what_others_own_is_left_alone(tmp_path: Path) -> None:
-    gone = FORK.Process(target=int)
-    gone.start()
-    gone.join()
-    machine, other = disk._machine(), "00000000"
-    here, stale = os.getpid(), f"{gone.pid}-{machine}0123abcd"
-    kept = [
-        f".c.writing-{here}-{machine}{disk._NUMBER}", f".c.writing-{os.getppid()}-{machine}0123abcd",
-        f".c.writing-{stale}.bak", f".c.writing-{gone.pid}-{other}0123abcd", f".c.replaced-{here}-{other}ffffffff",
-        f".c.reading-{stale}", f"c.writing-{stale}", f".c.writing-0-{stale}",
-        f".c.writing-99999999999-{machine}0123abcd",
-    ]  # fmt: skip
-    swept = [
-        f".new.writing-{here}-{other}0123abcd",
-        f".c.writing-{stale}",
-        f".c\nd.writing-{stale}",
-        f".c.writing-{here}-{machine}ffffffff",
-        f".kept.replaced-{stale}",
-    ]
-    for name in (*kept, *swept, f".lost.replaced-{stale}", "kept"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    (tmp_path / f".link.writing-{stale}").symlink_to(tmp_path / "kept")
-    write_durably(tmp_path / "new", b"")
-    assert set(os.listdir(tmp_path)) == {*kept, "kept", "lost", "new"}
-    assert (tmp_path / "lost" / "file").read_text() == f".lost.replaced-{stale}"
-    assert (tmp_path / "kept" / "file").read_text() == "kept"
-
-
 # ---- no room ----
 
 
@@ -241,7 +203,7 @@ def assert_no_room(error: str, reason: str, path: Path, at_least: int) -> None:
     assert int(free.replace(",", "")) <= shutil.disk_usage(path.parent).total
 
 
-@pytest.mark.parametrize("limit", [0, 100, 3000])
+@pytest.mark.parametrize("limit", [0, 3000])
 def test_a_file_size_limit_is_named_and_the_old_checkpoint_is_there(tmp_path: Path, limit: int) -> None:
     save_checkpoint(sae(1), tmp_path / "c")
     big = sae(2, dict_size=1000)
@@ -278,7 +240,7 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_is_there(small_disk: Path) 
             f"OSError: {error.value}", "No space left on device", target, at_least=10_000 * (2 * 3 * 4 + 4 + 8)
         )
         assert os.listdir(small_disk) == ["c"] and seed_of(path) == 1
-    for kilobytes in range(4, 128, 4):  # from a disk with no room for a part of it to one with room for all
+    for kilobytes in range(4, 128, 8):  # from a disk with no room for a part of it to one with room for all
         (small_disk / "other").write_bytes(bytes(1024 * (112 - kilobytes)) if kilobytes < 112 else b"")
         try:
             save_checkpoint(sae(2, dict_size=1000), path)

@@ -14,20 +14,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2LMHeadModel
 
 import evaluation
-from activation_store import check_model, load_model, record
+from analysis import latents
+from analysis.latents import nearest_cosines, nearest_latents
 from config import Config
-from evaluation import (
-    cross_entropy,
-    evaluate,
-    explained_variance,
-    feature_density,
-    l0_l1,
-    nearest_cosines,
-    nearest_latents,
-    training_metrics,
-)
+from evaluation import Predictions, Rows, evaluate, feature_density, training_metrics
+from kernels.sparse import SparseLatents, Support
+from language_model import check_model, load_model, record
 from sae import SAE_TYPES, BaseAutoencoder, SAEOutput, build_sae
-from sparse import SparseLatents
 
 EOS = 0
 MEAN = torch.linspace(-1, 2, 16)
@@ -66,71 +59,89 @@ class Stand(BaseAutoencoder):
         super().__init__(cfg)
         self.given, self.seen = given, []
 
-    def forward(self, x: Tensor) -> SAEOutput:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> SAEOutput:
         self.seen.append(x)
-        z_hat = self.given(x)
-        return SAEOutput(z_hat, torch.zeros(len(x), self.cfg.dict_size), {"mse": (z_hat - x).pow(2).mean()})
+        z_hat, none = self.given(x), torch.zeros(len(x), self.cfg.dict_size)
+        latents = SparseLatents(none, none, None, self.normalise(z_hat).z[None])
+        return SAEOutput(z_hat, latents, {"mse": (z_hat - x).pow(2).mean()})
+
+
+def acts_of(cfg: Config, model: TransformerBridge, tokens: Tensor) -> Tensor:
+    return record(model, tokens, [cfg.hook_name])[cfg.hook_name]
 
 
 def some_sae(cfg: Config, model: TransformerBridge, tokens: Tensor) -> BaseAutoencoder:
     sae = build_sae(cfg)
-    sae.initialise_from(record(model, tokens, cfg.hook_point).flatten(0, 1))
-    if cfg.sae_type == "batchtopk":
+    sae.initialise_from(acts_of(cfg, model, tokens).flatten(0, 1))
+    if "threshold" in dict(sae.named_buffers()):
         sae.threshold.fill_(0.5)
     sae.tokens_since_fired[::4] = cfg.dead_after
     return sae
 
 
-# ---- pure functions, by hand ----
+# ---- metrics, by hand ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_explained_variance_is_about_the_mean(dtype: torch.dtype) -> None:
-    """Means 2 and 4, squared deviations 1 + 4 + 1 + 4 = 10, squared errors 2 (about zero it would be 1 - 2 / 50)."""
-    x = torch.tensor([[1, 2], [3, 6]], dtype=dtype)
-    assert_close(explained_variance(x, torch.tensor([[1.0, 1.0], [3.0, 5.0]])), torch.tensor(0.8))
-
-
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-def test_l0_and_l1_are_per_row_and_of_latents_that_fire(sparse: bool) -> None:
-    """Rows fire 2, 0, 1 and 1 latents, 8 in sum; a latent that was kept at 0 does not fire."""
-    dense = torch.tensor([[1.0, 0, 2.5], [0, 0, 0], [0, 4.0, 0], [0.5, 0, 0]])
-    acts = SparseLatents.from_dense(dense) if sparse else dense
+def test_metrics_of_rows(dtype: torch.dtype, sparse: bool) -> None:
+    """Means 2 and 4, squared deviations 1 + 4 + 1 + 4 = 10, squared errors 2 (about zero it would be 1 - 2 / 50).
+
+    The rows fire 2 and 1 latents, 7.5 in sum; a latent that was kept at 0 does not fire.
+    """
+    sae = build_sae(Config(act_size=2, dict_size=3, top_k=2, input_unit_norm=False, device="cpu"))
+    sae.tokens_since_fired[0] = sae.cfg.dead_after
+    x, sae_out = torch.tensor([[1, 2], [3, 6]], dtype=dtype), torch.tensor([[1.0, 1.0], [3.0, 5.0]])
+    acts = torch.tensor([[1.0, 0, 2.5], [0, 4.0, 0]])
+    latents = SparseLatents(acts, acts, None, sae_out[None])
     if sparse:
-        acts.values[-1] = 0.0
-    l0, l1 = l0_l1(SAEOutput(torch.zeros(2, 2, 5), acts, {}))
-    assert (l0.item(), l1.item()) == ((0.75, 1.875) if sparse else (1.0, 2.0))
+        kept = torch.tensor([1.0, 2.5, 4.0, 0.0])
+        latents = SparseLatents(
+            kept, kept, Support(torch.tensor([0, 2, 1, 2]), torch.tensor([0, 2, 4]), 3), sae_out[None]
+        )
+    out = SAEOutput(sae_out, latents, {"mse": torch.tensor(0.5), "auxk": torch.tensor(0.25)})
+    assert training_metrics(sae, x, out) == pytest.approx({
+        "train/loss": 0.75, "train/mse_loss": 0.5, "train/auxk_loss": 0.25, "train/l0": 1.5, "train/l1": 3.75,
+        "train/mse": 0.5, "train/explained_variance": 0.8, "train/dead_share": 1 / 3,
+    })  # fmt: skip
 
 
-def test_cross_entropy_is_the_mean_over_the_counted_predictions() -> None:
-    """Tokens 0 1 1: after position 0, p(1) = 1/4; after position 1, p(1) = 1/2; after the last, nothing is known."""
-    probabilities = torch.tensor([[[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]]])
-    tokens = torch.tensor([[0, 1, 1]])
-    for counted, expected in [
-        ([True, True, True], (math.log(4) + math.log(2)) / 2),
-        ([False, True, True], math.log(2)),
-        ([True, False, False], math.log(4)),
-    ]:
-        found = cross_entropy(probabilities.log(), tokens, torch.tensor([counted]))
-        assert found.item() == pytest.approx(expected, rel=1e-6)
+def test_metrics_of_predictions() -> None:
+    """Where the next token is 1, with probabilities 1/4 and 1/2 in place of 1/2 and 1/2."""
+    log_p, log_q = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()
+    seen = Predictions(torch.tensor([1, 1]), log_p, log_q)
+    assert evaluation.ce(seen).item() == pytest.approx((math.log(4) + math.log(2)) / 2)
+    assert evaluation.kl(seen).item() == pytest.approx((math.log(2 / 3) + math.log(2)) / 4)
 
 
 @pytest.mark.parametrize("sae_type", list(SAE_TYPES))
-def test_training_metrics_hold_every_loss_term(cfg: Config, sae_type: str) -> None:
-    sae = build_sae(Config(sae_type=sae_type, act_size=16, dict_size=64, top_k=4, l1_coeff=0.1, device="cpu"))
+def test_training_metrics_hold_every_loss_term(sae_type: str) -> None:
+    sae = build_sae(Config(sae_type=sae_type, act_size=16, dict_size=64, top_k=4, l1_coeff=0.1, device="cpu")).train()
     sae.tokens_since_fired[:16] = sae.cfg.dead_after
     x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)) + 1
     out = sae(x)
     metrics = training_metrics(sae, x, out)
-    assert metrics.keys() == {
-        *(f"train/{name}" for name in ("loss", "l0", "l1", "explained_variance", "dead_share")),
-        *(f"train/{name}_loss" for name in out.losses),
-    }
-    assert metrics["train/loss"] == pytest.approx(sum(metrics[f"train/{name}_loss"] for name in out.losses), rel=1e-6)
-    assert metrics["train/dead_share"] == sae.dead.double().mean().item()
+    for name, term in (*out.losses.items(), ("", out.loss)):
+        assert metrics[f"train/{name}_loss" if name else "train/loss"] == pytest.approx(term.item(), rel=1e-6)
+    assert metrics["train/mse"] == metrics["train/mse_loss"] and metrics["train/dead_share"] == 0.25
     dense = out.latents.to_dense()
     assert metrics["train/l0"] == pytest.approx((dense > 0).sum().item() / 32)
     assert metrics["train/l1"] == pytest.approx(dense.sum().item() / 32, rel=1e-5)
+
+
+def test_a_metric_is_one_function(
+    cfg: Config, model: TransformerBridge, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def largest_mean(seen: Rows) -> Tensor:
+        return seen.out.latents.to_dense().amax(dim=1).mean()
+
+    monkeypatch.setattr(evaluation, "OF_ROWS", (*evaluation.OF_ROWS, largest_mean))
+    sae = some_sae(cfg, model, tokens).eval()
+    x = acts_of(cfg, model, tokens)[tokens != EOS]
+    expected = sae.encode(x).amax(dim=1).mean().item()
+    (found,) = evaluate(model, [sae], tokens, MEAN)
+    assert found["largest_mean"] == pytest.approx(expected, rel=1e-5)
+    assert training_metrics(sae, x, sae(x))["train/largest_mean"] == pytest.approx(expected, rel=1e-5)
 
 
 # ---- splicing ----
@@ -166,7 +177,7 @@ def test_an_sae_is_given_every_ordinary_position_once_and_no_other(
 ) -> None:
     sae = Stand(cfg, lambda x: x)
     evaluate(model, [sae], tokens, MEAN)
-    acts = record(model, tokens, cfg.hook_point)
+    acts = acts_of(cfg, model, tokens)
     assert_close(torch.cat(sae.seen), acts[tokens != EOS])
 
 
@@ -271,7 +282,7 @@ def test_density_is_the_share_of_ordinary_tokens(
     monkeypatch: pytest.MonkeyPatch, cfg: Config, model: TransformerBridge, tokens: Tensor, sae_type: str
 ) -> None:
     sae = some_sae(Config(**cfg.to_dict() | {"sae_type": sae_type, "threshold_init": 0.1}), model, tokens).train()
-    latents = sae.encode(record(model, tokens, cfg.hook_point))
+    latents = sae.encode(acts_of(cfg, model, tokens))
     here = (tokens != EOS).nonzero().tolist()
     expected = torch.tensor([sum(bool(latents[w, p, j] > 0) for w, p in here) / len(here) for j in range(64)])
     assert expected.sum() > 0
@@ -285,7 +296,7 @@ def test_density_is_the_share_of_ordinary_tokens(
 
 
 def test_nearest_latents_are_those_of_the_largest_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "COMPARED", 10 * 50)  # ten rows at a time
+    monkeypatch.setattr(latents, "COMPARED", 10 * 50)  # ten rows at a time
     W_dec = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     W_dec[3] = 5 * W_dec[7]
     indices, cosines = nearest_latents(W_dec, torch.arange(50), 4)
@@ -308,7 +319,7 @@ def test_nearest_cosines_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
         max(F.cosine_similarity(a, b, dim=0) for j, b in enumerate(W_dec) if j != i) for i, a in enumerate(W_dec)
     ]
     for rows in (512, 13):
-        monkeypatch.setattr(evaluation, "COMPARED", rows * 50)
+        monkeypatch.setattr(latents, "COMPARED", rows * 50)
         found = nearest_cosines(W_dec)
         assert_close(found, torch.stack(expected))
     assert found[7] == found[31] == pytest.approx(1)
@@ -332,14 +343,27 @@ def test_results_do_not_depend_on_how_windows_are_batched(
 
 
 def test_evaluation_changes_no_sae_and_keeps_its_mode(cfg: Config, model: TransformerBridge, tokens: Tensor) -> None:
+    """Also where it fails, in the middle of a text; then the model, too, is as it was."""
     saes = [
         some_sae(Config(**cfg.to_dict() | {"sae_type": sae_type}), model, tokens).train(mode)
         for sae_type in SAE_TYPES
         for mode in (True, False)
     ]
     before = [{name: value.clone() for name, value in sae.state_dict().items()} for sae in saes]
+    with torch.no_grad():
+        logits = model(tokens)
+
+    def unchanged() -> None:
+        assert [sae.training for sae in saes] == [True, False] * len(SAE_TYPES)
+        for sae, state in zip(saes, before):
+            assert all(torch.equal(value, state[name]) for name, value in sae.state_dict().items())
+            assert all(p.grad is None for p in sae.parameters())
+        with torch.no_grad():
+            assert torch.equal(model(tokens), logits)
+
     evaluate(model, saes, tokens, MEAN)
-    assert [sae.training for sae in saes] == [True, False] * len(SAE_TYPES)
-    for sae, state in zip(saes, before):
-        assert all(torch.equal(value, state[name]) for name, value in sae.state_dict().items())
-        assert all(p.grad is None for p in sae.parameters())
+    unchanged()
+    for failing in (lambda x: 1 / 0, lambda x: x[:-1]):  # the SAE fails, or the model with its output
+        with pytest.raises((ZeroDivisionError, RuntimeError)):
+            evaluate(model, [*saes, Stand(cfg, failing)], tokens, MEAN)
+        unchanged()

@@ -1,4 +1,4 @@
-"""SAEs pushed to a stand-in of the Hub and loaded from it; what the card says; no token is ever shown."""
+"""Push SAEs to a stand-in for the Hub and load them from it; what the card says; no token is ever shown."""
 
 import json
 import traceback
@@ -6,19 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
-from hub_server import Hub, standing_in
+from hub_server import TOKEN, Hub, standing_in
 
+from checkpoint import save_checkpoint
 from config import Config
-from hub import from_pretrained, model_card, push_to_hub
-from logs import save_checkpoint
-from pretrained import load_pretrained
-from results import load_results
+from interop.hub import from_pretrained, model_card, push_to_hub
+from interop.pretrained import load_pretrained
 from sae import SAE_TYPES, BaseAutoencoder
-
-TOKEN = "hf_secretSECRETsecret"
 
 
 @pytest.fixture
@@ -37,12 +33,11 @@ def make(sae_type: str, **fields: object) -> BaseAutoencoder:
     return sae.eval()
 
 
-def write_sweep(folder: Path, rows: list[tuple[Config, dict[str, float]]]) -> None:
-    for cfg, metrics in rows:
-        (folder / cfg.name).mkdir(parents=True)
-        (folder / cfg.name / "config.json").write_text(json.dumps(cfg.to_dict()))
-        row = {"step": 7, "tokens": 14336} | {f"eval/{name}": value for name, value in metrics.items()}
-        (folder / cfg.name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+def write_run(sweep: Path, cfg: Config, **metrics: float) -> None:
+    (sweep / cfg.name).mkdir(parents=True)
+    (sweep / cfg.name / "config.json").write_text(json.dumps(cfg.to_dict()))
+    row = {"step": 7, "tokens": 14336} | {f"eval/{name}": value for name, value in metrics.items()}
+    (sweep / cfg.name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
 
 
 @pytest.mark.parametrize("sae_type", SAE_TYPES)
@@ -51,11 +46,8 @@ def test_pushed_then_loaded(hub: Hub, sae_type: str) -> None:
     url = push_to_hub(sae, "someone/saes")
     assert url.endswith(f"/someone/saes/tree/main/{sae.cfg.name}")
     assert hub.commits == 1  # nobody sees half of it
-    held = {"README.md"} | {
-        f"{sae.cfg.name}/{name}"
-        for name in ("README.md", "cfg.json", "sae_weights.safetensors", "counters.safetensors")
-    }
-    assert hub.repos["someone/saes"].keys() == held
+    files = ("README.md", "cfg.json", "sae_weights.safetensors", "counters.safetensors")
+    assert hub.repos["someone/saes"].keys() == {"README.md", *(f"{sae.cfg.name}/{name}" for name in files)}
 
     loaded = from_pretrained("someone/saes", sae.cfg.name)
     assert type(loaded) is type(sae) and loaded.cfg == sae.cfg
@@ -64,18 +56,16 @@ def test_pushed_then_loaded(hub: Hub, sae_type: str) -> None:
 
 
 def test_folders_of_this_machine_are_not_pushed(hub: Hub, tmp_path: Path) -> None:
-    local = {
-        "model_name": "/home/someone/models/m",
-        "dataset_path": "~/secret/*.txt",
-        "output_dir": "/home/someone/runs",
-    }
+    home = "/home/someone"
+    local = {"model_name": f"{home}/models/m", "dataset_path": "~/secret/*.txt", "output_dir": f"{home}/runs"}
     sae = make("topk", **local)
-    write_sweep(tmp_path, [(sae.cfg, {"l0": 4.0, "explained_variance": 0.5, "ce_recovered": 0.75})])
+    write_run(tmp_path, sae.cfg, l0=4.0)
     push_to_hub(sae, "someone/saes", sweep=tmp_path)
     assert {field: getattr(sae.cfg, field) for field in local} == local
     pushed = str(hub.repos["someone/saes"])
-    assert "someone/models" not in pushed and "someone-models" not in pushed and "secret" not in pushed
-    assert "/home" not in pushed
+    assert not [
+        word for word in ("someone/models", "someone-models", "secret", "/home", str(tmp_path)) if word in pushed
+    ]
     public = replace(sae.cfg, model_name="m", dataset_path="*.txt", output_dir=Config().output_dir)
     assert from_pretrained("someone/saes", public.name).cfg == public
 
@@ -89,7 +79,7 @@ def test_the_name_of_local_text_is_published_alone(hub: Hub, path: str, name: st
 
 
 def test_a_bar_in_a_name_does_not_end_a_cell() -> None:
-    card = model_card(make("topk", dataset_path="user/a|b"), "someone/saes", "it", None)
+    card = model_card(make("topk", dataset_path="user/a|b"), "someone/saes", "it")
     assert "| dataset_path | `user/a\\|b` |" in card.splitlines()
 
 
@@ -165,48 +155,25 @@ def test_names_that_are_none(hub: Hub, repo_id: str, folder: str | None) -> None
     assert hub.requests == []
 
 
-def test_the_card_tells_metrics_and_pareto_front(tmp_path: Path) -> None:
-    sae = make("topk", top_k=4)
-    rows = {
-        sae.cfg: {"l0": 4.0, "explained_variance": 0.5, "ce_recovered": 0.75},
-        replace(sae.cfg, top_k=5): {"l0": 5.0, "explained_variance": 0.5, "ce_recovered": 0.875},  # beaten in one
-        replace(sae.cfg, top_k=3): {"l0": 3.0, "explained_variance": 0.25, "ce_recovered": 0.8125},  # beats ours in one
-        replace(sae.cfg, top_k=9): {},  # not evaluated yet
-        replace(sae.cfg, lr=1e-3): {"l0": 4.0, "explained_variance": 0.4, "ce_recovered": 0.75},
-        replace(sae.cfg, layer=1): {"l0": 1.0, "explained_variance": 0.9999, "ce_recovered": 0.9999},
-    }
-    write_sweep(tmp_path, list(rows.items()))
-    df = load_results(tmp_path)
-    card = model_card(sae, "someone/saes", "a/folder", df)
+def test_the_card(hub: Hub, tmp_path: Path) -> None:
+    sae = make("topk")
+    write_run(tmp_path / "a", sae.cfg, l0=4.0, ce_recovered=0.75, of_a_metric_to_come=0.1234567)
+    write_run(tmp_path / "a", replace(sae.cfg, top_k=5), l0=5.0, ce_recovered=0.8765)
+    write_run(tmp_path / "b", sae.cfg)
+    push_to_hub(sae, "someone/saes", sweep=tmp_path / "a", folder="a/folder")
+    card = hub.repos["someone/saes"]["README.md"].decode()
+    assert card == model_card(sae, "someone/saes", "a/folder", tmp_path / "a")
     lines = card.splitlines()
     assert lines[0] == "---" and "library_name: saelens" in lines
     assert 'sae = SAE.from_pretrained("someone/saes", "a/folder")' in lines
     assert 'sae = from_pretrained("someone/saes", "a/folder")' in lines
-    assert "| ce_recovered | 0.75 |" in lines
-    assert "It is on the Pareto front of L0 and explained variance." in card
-    assert "It is not on the Pareto front of L0 and CE recovered." in card
-    assert "| **TopK 32, k=4, lr 0.0003** | 4.0 | 0.5000 * | 0.7500 |" in lines
-    assert "| TopK 32, k=5, lr 0.0003 | 5.0 | 0.5000 | 0.8750 * |" in lines
-    assert "| TopK 32, k=3, lr 0.0003 | 3.0 | 0.2500 * | 0.8125 * |" in lines
-    assert "| TopK 32, k=4, lr 0.001 | 4.0 | 0.4000 | 0.7500 |" in lines  # as good in one, at the same L0
-    assert "| TopK 32, k=9, lr 0.0003 | nan | nan | nan |" in lines
-    assert not [line for line in lines if "0.9999" in line], "of another layer"
-    assert "| top_k | `4` |" in lines and "| hook" not in card
-    for stranger, several in ((make("vanilla"), df), (sae, pd.concat([df, df.assign(run="another")]))):
-        with pytest.raises(ValueError, match=r"sweep: not that of .*, or several; give"):
-            model_card(stranger, "someone/saes", "a/folder", several)
+    assert f"A TopK sparse autoencoder: 32 latents of the 8 activations at `{sae.cfg.hook_name}` of `tiny-lm`." in card
+    assert "After 7 steps, 14,336 tokens;" in card and "0.8765" not in card
+    assert {"| l0 | 4 |", "| ce_recovered | 0.75 |", "| of_a_metric_to_come | 0.123457 |"} <= set(lines)
+    assert "| top_k | `4` |" in lines and "| hook" not in card and "nan" not in card
 
-
-def test_an_sae_without_an_evaluation_is_not_placed(tmp_path: Path) -> None:
-    sae = make("topk")
-    write_sweep(tmp_path, [(sae.cfg, {})])
-    card = model_card(sae, "someone/saes", "folder", load_results(tmp_path))
-    assert "Not evaluated yet." in card and "Pareto" not in card and "nan" not in card
-
-
-def test_the_card_goes_with_the_sae(hub: Hub, tmp_path: Path) -> None:
-    sae = make("jumprelu")
-    write_sweep(tmp_path / "sweep", [(sae.cfg, {"l0": 4.0, "explained_variance": 0.5, "ce_recovered": 0.75})])
-    push_to_hub(sae, "someone/saes", sweep=tmp_path / "sweep")
-    card = hub.repos["someone/saes"]["README.md"].decode()
-    assert card == model_card(sae, "someone/saes", sae.cfg.name, load_results(tmp_path / "sweep"))
+    card = model_card(sae, "someone/saes", "a/folder", tmp_path / "b")
+    assert "Not evaluated yet." in card and "nan" not in card
+    for other, sweep, count in ((make("vanilla"), tmp_path / "a", 0), (sae, tmp_path, 2)):
+        with pytest.raises(ValueError, match=rf"sweep = .*: holds {count} runs named .*; give the folder"):
+            model_card(other, "someone/saes", "a/folder", sweep)

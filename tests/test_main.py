@@ -14,14 +14,15 @@ import pytest
 import yaml
 from wandb import wandb_agent
 
-import activation_store
-import cli
 import main
-from activation_store import ActivationsStore, load_model
+import sweep
+from activation_store import ActivationsStore
+from checkpoint import load_checkpoint
 from config import SWEEPS, Config, tiny_sweep
 from evaluation import evaluate
-from logs import load_checkpoint
+from language_model import load_model
 from results import format_table, load_results
+from runtime import cli
 from sae import SAE_TYPES
 
 SMALL = [
@@ -33,7 +34,7 @@ SMALL = [
 
 @pytest.fixture
 def here(tmp_path: Path, tiny_gpt2: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder in which only a model and a text lie."""
+    """Make a working folder that holds a model and a text, nothing else."""
     (tmp_path / "tiny-gpt2").symlink_to(tiny_gpt2)
     (tmp_path / "animals.txt").symlink_to(tiny_text)
     monkeypatch.chdir(tmp_path)
@@ -71,9 +72,10 @@ def test_a_miniature_sweep_end_to_end(here: Path) -> None:
 
     saes = [load_checkpoint(checkpoint) for checkpoint in df["checkpoint"]]
     assert [type(sae) for sae in saes] == list(SAE_TYPES.values())
-    store = ActivationsStore(load_model(saes[0].cfg), saes[0].cfg)
+    store = ActivationsStore(load_model(saes[0].cfg), [sae.cfg for sae in saes])
     store.next_batch()
-    for sae, row, found in zip(saes, df.itertuples(), evaluate(store.model, saes, store.held_out_tokens(), store.mean)):
+    metrics = evaluate(store.model, saes, store.held_out_tokens(), store.mean[saes[0].cfg.hook_name])
+    for sae, row, found in zip(saes, df.itertuples(), metrics):
         assert sae.cfg.name == row.name and sae.cfg.act_size == 16
         for metric in ("l0", "mse", "explained_variance", "ce", "ce_clean", "kl", "dead_share"):
             assert found[metric] == pytest.approx(getattr(row, metric), rel=1e-4), metric
@@ -82,12 +84,9 @@ def test_a_miniature_sweep_end_to_end(here: Path) -> None:
         assert [l["step"] for l in logged if "eval/ce" in l] == [40, 60]
 
 
-def test_saes_of_different_streams_share_a_table_but_no_pass(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_saes_of_different_streams_share_a_table_but_no_pass(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--num-tokens=640", "--seed", "0", "1", "--sae-type", "topk", "batchtopk", "--wandb-mode=disabled"]
-    monkeypatch.setattr(sys, "argv", ["main.py", *SMALL, *more, "--output-dir=elsewhere"])
-    main.main()
+    assert main.main([*SMALL, *more, "--output-dir=elsewhere"]) == 0
     out, err = capsys.readouterr()
     assert out.count("2 SAEs on tiny-gpt2 blocks.1.hook_resid_pre, 640 activations\n") == 2 and err == ""
     assert "W&B" not in out
@@ -117,9 +116,8 @@ def test_values_are_swept_and_what_they_do_not_change_is_trained_once() -> None:
 
 def test_two_swept_fields_are_combined() -> None:
     cfgs = parse("--sae-type", "topk", "--top-k", "2", "4", "--seed", "0", "1", "--lr", "0.001")
-    assert [(c.sae_type, c.top_k, c.seed, c.lr) for c in cfgs] == [
-        ("topk", k, s, 0.001) for k in (2, 4) for s in (0, 1)
-    ]
+    found = [(cfg.sae_type, cfg.top_k, cfg.seed, cfg.lr) for cfg in cfgs]
+    assert found == [("topk", k, seed, 0.001) for seed in (0, 1) for k in (2, 4)]
 
 
 @pytest.mark.parametrize("spelling", [["--top-k", "4"], ["--top_k", "4"], ["--top-k=4"], ["--top_k=4"]])
@@ -145,19 +143,19 @@ def test_options_of_every_kind_reach_the_configs() -> None:
     [
         (["tinny"], "sweep = 'tinny': did you mean tiny? give one of tiny, gpt2"),
         ([""], "sweep = '': give one of tiny, gpt2"),
-        (["--sae-type=top-k"], "sae_type = 'top-k': did you mean 'topk'? give one of vanilla, topk,"),
-        (["--site=resid_pro"], "site = 'resid_pro': did you mean 'resid_pre'? give one of resid_pre,"),
+        (["--sae-type=top-k"], "sae_type = 'top-k': did you mean topk? give one of vanilla, topk,"),
+        (["--site=resid_pro"], "site = 'resid_pro': did you mean resid_pre? give one of resid_pre,"),
         (["--wandb-mode=of"], "wandb_mode = 'of': "),
         (["--top-k", "4", "65"], "top_k = 65: give at most dict_size, 64"),
         (["--batch-size=0"], "batch_size = 0: give a number above 0"),
         (["--dict-size=-3"], "dict_size = -3: give a number above 0"),
-        (["--num-tokens=63"], "num_tokens = 63: give at least one batch, batch_size 64"),
+        (["--num-tokens=63"], "num_tokens = 63: give at least a batch of 64"),
         (["--layer=2"], "layer = 2: tiny-gpt2 has 2 blocks; give 0 to 1"),
         (["--seq-len=65"], "seq_len = 65: tiny-gpt2 reads at most 64 tokens"),
         (["--act-size=17"], "act_size = 17: "),
         (["--model-name=no-such-model"], "model_name = 'no-such-model': "),
-        (["--dataset-path", "animals.txt", "no.txt"], "dataset_path 'no.txt': no such file"),
-        (["--dataset-path=no-text.jsonl"], "dataset_path 'no-text.jsonl': no column of text or tokens among colour"),
+        (["--dataset-path", "animals.txt", "no.txt"], "dataset_path = 'no.txt': no such file"),
+        (["--dataset-path=no-text.jsonl"], "dataset_path = 'no-text.jsonl': no column of text or tokens among colour"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -167,11 +165,8 @@ def test_bad_input_is_refused_in_one_line_before_a_model_is_loaded(
     (here / "no-text.jsonl").write_text('{"colour": "red"}\n{"colour": "blue"}\n')
     before = set(os.listdir(here))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(activation_store, "load_model", lambda cfg: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(sys, "argv", ["main.py", *args] if args in (["tinny"], [""]) else ["main.py", *SMALL, *args])
-    with pytest.raises(SystemExit) as end:
-        main.main()
-    assert end.value.code == 2
+    monkeypatch.setattr(sweep, "load_model", lambda cfg: pytest.fail("a model was loaded"))
+    assert main.main(args if args in (["tinny"], [""]) else [*SMALL, *args]) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.startswith(f"main.py: {message}") and err.count("\n") == 1 and err.endswith("\n"), err
     assert set(os.listdir(here)) == before
@@ -179,9 +174,10 @@ def test_bad_input_is_refused_in_one_line_before_a_model_is_loaded(
 
 def test_a_mistake_is_answered_without_a_traceback_and_before_the_slow_imports(here: Path) -> None:
     code = (
-        "import sys, main; sys.argv = ['main.py', '--top-k=5000']\n"
-        "try: main.main()\n"
-        "finally: print(sorted({'transformers', 'transformer_lens', 'datasets', 'wandb'} & set(sys.modules)))"
+        "import sys, main\n"
+        "code = main.main(['--top-k=5000'])\n"
+        "print(sorted({'torch', 'transformers', 'transformer_lens', 'datasets', 'wandb'} & set(sys.modules)))\n"
+        "sys.exit(code)"
     )
     env = os.environ | {"PYTHONPATH": str(Path(main.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
@@ -203,9 +199,9 @@ def test_sae_type_chooses_among_the_sweep_and_adds_what_it_lacks() -> None:
 def test_the_command_that_an_agent_of_the_sweep_file_builds_trains_one_sae(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Built by wandb's own agent from each of the grid's combinations; one is run, without a network."""
+    """Let wandb's own agent build a command from each of the grid's combinations; run one, without a network."""
     file = Path(main.__file__).parent / "sweeps" / "topk.yaml"
-    sweep = yaml.safe_load(file.read_text())
+    grid_of = yaml.safe_load(file.read_text())
     built: list[list[str]] = []
 
     class Process:
@@ -214,18 +210,18 @@ def test_the_command_that_an_agent_of_the_sweep_file_builds_trains_one_sae(
 
     monkeypatch.setattr(wandb_agent, "AgentProcess", Process)
     agent = wandb_agent.Agent.__new__(wandb_agent.Agent)
-    agent.__dict__ |= dict(_sweep_command=sweep["command"], _run_processes={}, _function=None, _in_jupyter=False)
+    agent.__dict__ |= dict(_sweep_command=grid_of["command"], _run_processes={}, _function=None, _in_jupyter=False)
     agent._forward_signals = False
     monkeypatch.setenv("WANDB_SWEEP_ID", "sw33p")
     for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # which the agent sets; afterwards they are gone again
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    grid = [dict(zip(sweep["parameters"], values)) for values in itertools.product(
-        *(parameter["values"] for parameter in sweep["parameters"].values())
+    grid = [dict(zip(grid_of["parameters"], values)) for values in itertools.product(
+        *(parameter["values"] for parameter in grid_of["parameters"].values())
     )]  # fmt: skip
     for number, point in enumerate(grid):
         args = {name: {"value": value} for name, value in point.items()}
-        agent._command_run({"run_id": f"run{number}", "program": sweep["program"], "args": args})
+        agent._command_run({"run_id": f"run{number}", "program": grid_of["program"], "args": args})
     assert len(built) == 12
     for point, command in zip(grid, built):
         (cfg,) = parse(*command[3:])

@@ -14,9 +14,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The modules, the embedded model and the notebooks."""
+    """Copy the modules, the embedded model and the notebooks."""
     folder = tmp_path_factory.mktemp("repository")
-    for path in [*ROOT.glob("*.py"), ROOT / "assets"]:
+    packages = [path.parent for path in ROOT.glob("*/__init__.py")]
+    for path in [*ROOT.glob("*.py"), *packages, ROOT / "assets"]:
         (folder / path.name).symlink_to(path)
     (folder / "notebooks").mkdir()
     for path in NOTEBOOKS:

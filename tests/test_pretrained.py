@@ -1,4 +1,4 @@
-"""The formats of other libraries, written here as they do and computed densely by their formulas; what is refused.
+"""Write the formats of other libraries as they do, compare with their formulas, and see what is refused.
 
 tests/interop compares with the libraries themselves.
 """
@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoint import load_checkpoint, save_checkpoint
 from config import Config
-from logs import load_checkpoint, save_checkpoint
-from pretrained import load_pretrained
+from interop.pretrained import load_pretrained
 from sae import build_sae
 
 D, F, K = 12, 40, 5
@@ -49,18 +49,15 @@ def write_npz(folder: Path, params: Tensors) -> None:
     np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in params.items()})
 
 
-def write_ae(folder: Path, tensors: object, **changes: object) -> None:
+def write_ae(folder: Path, params: Tensors, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps({"trainer": TRAINER | changes}))
-    torch.save(tensors, folder / "ae.pt")
+    torch.save(params if changes.get("dict_class") == "JumpReluAutoEncoder" else ae_tensors(params), folder / "ae.pt")
 
 
-def ae_tensors(params: Tensors) -> Tensors:
-    names = {
-        "encoder.weight": params["W_enc"].t(),
-        "encoder.bias": params["b_enc"],
-        "decoder.weight": params["W_dec"].t(),
-    }
-    return names | {"b_dec": params["b_dec"], "k": torch.tensor(K, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
+def ae_tensors(params: Tensors) -> dict[str, object]:
+    tensors = {"encoder.weight": params["W_enc"].t(), "decoder.weight": params["W_dec"].t()}
+    tensors |= {"encoder.bias": params["b_enc"], "b_dec": params["b_dec"], "threshold": torch.tensor(-1.0)}
+    return tensors | {"k": torch.tensor(K, dtype=torch.int32)}
 
 
 def write_sparsify(folder: Path, params: Tensors, **changes: object) -> None:
@@ -70,8 +67,11 @@ def write_sparsify(folder: Path, params: Tensors, **changes: object) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "sae.safetensors")
 
 
+WRITERS = [write_sae_lens, write_npz, write_ae, write_sparsify]
+
+
 def jumps(x: Tensor, p: Tensors) -> Tensor:
-    """JumpReLU of all libraries: no b_dec taken from x, a ReLU beside the threshold."""
+    """Compute JumpReLU as all libraries do: b_dec is not taken from x, a ReLU stands beside the threshold."""
     pre = x.double() @ p["W_enc"].double() + p["b_enc"].double()
     return pre.relu() * (pre > p["threshold"].double())
 
@@ -89,12 +89,13 @@ def assert_computes(sae: torch.nn.Module, rule: Callable[[Tensor, Tensors], Tens
     for ours, theirs in ((sae.encode(x), acts), (sae.decode(acts.float()), decoded), (sae(x).sae_out, decoded)):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
     assert not sae.training
+    assert sae.input_scale == 1  # training does not start b_dec and the thresholds anew
 
 
 def test_sae_lens(tmp_path: Path, params: Tensors) -> None:
     write_sae_lens(tmp_path, params)
     sae = load_pretrained(tmp_path)
-    assert (sae.cfg.model_name, sae.cfg.hook_point) == ("gpt2", "blocks.3.hook_mlp_out")
+    assert (sae.cfg.model_name, sae.cfg.hook_name) == ("gpt2", "blocks.3.hook_mlp_out")
     assert (sae.cfg.act_size, sae.cfg.dict_size, sae.cfg.input_unit_norm) == (D, F, False)
     assert_computes(sae, jumps, params)
 
@@ -151,7 +152,7 @@ def test_gemma_scope(tmp_path: Path, params: Tensors, repo: str, folder: str, mo
     path.mkdir(parents=True)
     write_npz(path, params)
     sae = load_pretrained(path)
-    assert (sae.cfg.sae_type, sae.cfg.model_name, sae.cfg.hook_point) == ("jumprelu", model_name, hook)
+    assert (sae.cfg.sae_type, sae.cfg.model_name, sae.cfg.hook_name) == ("jumprelu", model_name, hook)
     assert_computes(sae, jumps, params)
 
 
@@ -166,16 +167,16 @@ def test_what_the_files_do_not_say_is_asked_for(tmp_path: Path, params: Tensors)
 
 
 def test_dictionary_learning(tmp_path: Path, params: Tensors) -> None:
-    write_ae(tmp_path, ae_tensors(params))
+    write_ae(tmp_path, params)
     sae = load_pretrained(tmp_path)
-    assert (sae.cfg.sae_type, sae.cfg.hook_point) == ("topk", "blocks.2.hook_resid_post")
+    assert (sae.cfg.sae_type, sae.cfg.hook_name) == ("topk", "blocks.2.hook_resid_post")
     assert_computes(sae, largest, params)
 
 
 def test_dictionary_learning_jumprelu(tmp_path: Path, params: Tensors) -> None:
     write_ae(tmp_path, params, dict_class="JumpReluAutoEncoder", submodule_name="mlp_out_layer_2")
     sae = load_pretrained(tmp_path)
-    assert sae.cfg.hook_point == "blocks.2.hook_mlp_out"
+    assert sae.cfg.hook_name == "blocks.2.hook_mlp_out"
     assert_computes(sae, jumps, params)
 
 
@@ -185,7 +186,7 @@ def test_sparsify(tmp_path: Path, params: Tensors) -> None:
     write_sparsify(folder, params)
     (tmp_path / "config.json").write_text('{"model": "EleutherAI/pythia-160m"}')
     sae = load_pretrained(folder)
-    assert (sae.cfg.model_name, sae.cfg.hook_point) == ("EleutherAI/pythia-160m", "blocks.7.hook_attn_out")
+    assert (sae.cfg.model_name, sae.cfg.hook_name) == ("EleutherAI/pythia-160m", "blocks.7.hook_attn_out")
     assert_computes(sae, largest, params)
 
 
@@ -202,39 +203,6 @@ def test_what_was_loaded_is_saved_and_pushed_as_ours(tmp_path: Path, params: Ten
 # ---- refused ----
 
 
-@pytest.mark.parametrize(
-    "changes, says",
-    [
-        ({"architecture": "gated"}, "architecture = 'gated': not opened here"),
-        ({"architecture": "matryoshka_batchtopk"}, "architecture = 'matryoshka_batchtopk'"),
-        ({"architecture": ["jumprelu"]}, "architecture = "),
-        ({"architecture": "transcoder"}, "architecture = 'transcoder'"),
-        ({"activation_fn": "tanh-relu"}, "activation_fn = 'tanh-relu'"),
-        ({"activation_fn": "topk", "activation_fn_kwargs": 3}, "a topk SAE has"),
-        ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations = 'constant_norm_rescale'"),
-        ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input = 'no'"),
-        ({"rescale_acts_by_decoder_norm": 1}, "rescale_acts_by_decoder_norm = 1"),
-        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm = True: .*can be False"),  # a jumprelu's
-        ({"hook_head_index": 3}, "hook_head_index = 3"),
-        ({"hook_point_head_index": 3}, "hook_head_index = 3"),  # before version 6
-        ({"d_sae": F + 1}, r"W_enc is \[12, 40\] of torch.float32, should be \[12, 41\]"),
-        ({"d_in": "12"}, "W_enc is"),
-        (
-            {"metadata": METADATA | {"hook_name": "blocks.3.hook_mlp_in"}},
-            "no site of Config; give blocks.<layer>.hook_",
-        ),
-        ({"metadata": METADATA | {"hook_name": "hook_embed"}}, "hook_name = 'hook_embed': no site of Config"),
-        ({"metadata": METADATA | {"hook_name": 3}}, "does not say its hook_name"),
-        ({"metadata": METADATA | {"context_size": "x"}}, "seq_len = 'x': give int"),
-        ({"metadata": 3}, "does not say its model_name"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:.*from before SAELens 6")
-def test_refused_of_sae_lens(tmp_path: Path, params: Tensors, changes: dict, says: str) -> None:
-    write_sae_lens(tmp_path, params, **changes)
-    assert_refused(tmp_path, says)
-
-
 def assert_refused(folder: Path, says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
         load_pretrained(folder)
@@ -242,36 +210,46 @@ def assert_refused(folder: Path, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, says",
+    "write, changes, says",
     [
-        ({"dict_class": "GatedAutoEncoder"}, "dict_class = 'GatedAutoEncoder': not opened here; can be 'AutoEncoder'"),
-        ({"dict_class": None}, "dict_class = None"),
-        ({"k": 2.5}, "top_k = 2.5: give int"),
-        ({"k": F + 1}, "top_k = 41: give at most dict_size, 40"),
-        ({"activation_dim": D - 1}, "should be"),
-        ({"submodule_name": "attention_layer_2"}, "does not say its hook_name"),
-        ({"layer": "2.x"}, "hook_name = 'blocks.2.x.hook_resid_post': no site"),
+        (write_sae_lens, {"architecture": "gated"}, "architecture = 'gated': not opened here; can be 'standard'"),
+        (write_sae_lens, {"architecture": ["jumprelu"]}, "architecture = "),
+        (write_sae_lens, {"activation_fn": "tanh-relu"}, "activation_fn = 'tanh-relu'"),
+        (write_sae_lens, {"activation_fn": "topk", "activation_fn_kwargs": 3}, "a topk SAE has"),
+        (write_sae_lens, {"normalize_activations": "constant_norm_rescale"}, "normalize_activations = 'constant_norm"),
+        (write_sae_lens, {"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input = 'no'"),
+        (write_sae_lens, {"rescale_acts_by_decoder_norm": 1}, "rescale_acts_by_decoder_norm = 1"),
+        (write_sae_lens, {"rescale_acts_by_decoder_norm": True}, "norm = True: .*can be False"),  # a jumprelu's
+        (write_sae_lens, {"hook_head_index": 3}, "hook_head_index = 3"),
+        (write_sae_lens, {"hook_point_head_index": 3}, "hook_head_index = 3"),  # before version 6
+        (write_sae_lens, {"d_sae": F + 1}, r"W_enc is \[12, 40\] of torch.float32, should be \[12, 41\]"),
+        (write_sae_lens, {"d_in": "12"}, "W_enc is"),
+        (write_sae_lens, {"metadata": METADATA | {"hook_name": "blocks.3.hook_mlp_in"}}, "give blocks.<layer>.hook_"),
+        (write_sae_lens, {"metadata": METADATA | {"hook_name": "hook_embed"}}, "hook_name = 'hook_embed': no site"),
+        (write_sae_lens, {"metadata": METADATA | {"hook_name": 3}}, "does not say its hook_name"),
+        (write_sae_lens, {"metadata": METADATA | {"context_size": "x"}}, "seq_len = 'x': give int"),
+        (write_sae_lens, {"metadata": 3}, "does not say its model_name"),
+        (write_ae, {"dict_class": "GatedAutoEncoder"}, "dict_class = 'GatedAutoEncoder': .*can be 'AutoEncoder'"),
+        (write_ae, {"dict_class": None}, "dict_class = None"),
+        (write_ae, {"k": 2.5}, "top_k = 2.5: give int"),
+        (write_ae, {"k": F + 1}, "top_k = 41: give at most dict_size, 40"),
+        (write_ae, {"activation_dim": D - 1}, "should be"),
+        (write_ae, {"submodule_name": "attention_layer_2"}, "does not say its hook_name"),
+        (write_ae, {"layer": "2.x"}, "hook_name = 'blocks.2.x.hook_resid_post': no site"),
+        (write_sparsify, {"transcode": True}, "transcode = True"),
+        (write_sparsify, {"skip_connection": True}, "skip_connection = True"),
+        (write_sparsify, {"multi_topk": True}, "multi_topk = True"),
+        (write_sparsify, {"signed": True}, "signed = True"),
+        (write_sparsify, {"activation": "groupmax"}, "activation = 'groupmax'"),
+        (write_sparsify, {"num_latents": 0, "expansion_factor": 3}, "should be"),
+        (write_sparsify, {"num_latents": 0, "expansion_factor": "3"}, "should be"),
     ],
 )
-def test_refused_of_dictionary_learning(tmp_path: Path, params: Tensors, changes: dict, says: str) -> None:
-    write_ae(tmp_path, ae_tensors(params), **changes)
-    assert_refused(tmp_path, says)
-
-
-@pytest.mark.parametrize(
-    "changes, says",
-    [
-        ({"transcode": True}, "transcode = True"),
-        ({"skip_connection": True}, "skip_connection = True"),
-        ({"multi_topk": True}, "multi_topk = True"),
-        ({"signed": True}, "signed = True"),
-        ({"activation": "groupmax"}, "activation = 'groupmax'"),
-        ({"num_latents": 0, "expansion_factor": 3}, "should be"),
-        ({"num_latents": 0, "expansion_factor": "3"}, "should be"),
-    ],
-)
-def test_refused_of_sparsify(tmp_path: Path, params: Tensors, changes: dict, says: str) -> None:
-    write_sparsify(tmp_path, params, **changes)
+@pytest.mark.filterwarnings("ignore:.*from before SAELens 6")
+def test_what_cannot_be_folded_is_refused(
+    tmp_path: Path, params: Tensors, write: Callable[..., None], changes: dict, says: str
+) -> None:
+    write(tmp_path, params, **changes)
     assert_refused(tmp_path, says)
 
 
@@ -313,16 +291,17 @@ def test_nothing_is_unpickled(tmp_path: Path, params: Tensors) -> None:
     evil, trace = _Evil(tmp_path / "trace"), tmp_path / "trace"
     pickle.loads(pickle.dumps(evil))
     trace.unlink()  # it works
-    write_ae(tmp_path, ae_tensors(params) | {"k": evil})
+    write_ae(tmp_path, params)
+    torch.save(ae_tensors(params) | {"k": evil}, tmp_path / "ae.pt")
     assert_refused(tmp_path, "ae.pt: not readable as tensors alone")
     (tmp_path / "ae.pt").unlink()
     objects = np.array([evil], dtype=object)
     np.savez(tmp_path / "params.npz", allow_pickle=True, **{"W_enc": objects})
-    assert_refused(tmp_path, "params.npz: not readable as arrays of numbers")
+    assert_refused(tmp_path, "params.npz: not readable as tensors alone")
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("write", [write_sae_lens, write_npz, write_sparsify, lambda f, p: write_ae(f, ae_tensors(p))])
+@pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite(tmp_path: Path, params: Tensors, write: Callable[[Path, Tensors], None], bad: float) -> None:
     params["W_dec"][3, 4] = bad
@@ -356,7 +335,7 @@ def test_tensors_of_another_kind(
     assert_refused(tmp_path, says)
 
 
-@pytest.mark.parametrize("write", [write_sae_lens, write_npz, write_sparsify, lambda f, p: write_ae(f, ae_tensors(p))])
+@pytest.mark.parametrize("write", WRITERS)
 def test_damaged_files(tmp_path: Path, params: Tensors, write: Callable[[Path, Tensors], None]) -> None:
     write(tmp_path, params)
     (weights,) = [path for path in tmp_path.iterdir() if path.suffix != ".json"]
@@ -380,13 +359,14 @@ def test_archives_that_unpack_to_more_than_they_are(tmp_path: Path, params: Tens
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**7, 10**7)})
     with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
         archive.writestr("W_enc.npy", header.getvalue())
-    assert_refused(tmp_path, "params.npz: not readable as arrays")
+    assert_refused(tmp_path, "params.npz: not readable as tensors")
     (tmp_path / "params.npz").unlink()
 
+    write_ae(tmp_path, params)
     repeated = torch.zeros(1).expand(10**6, 10**6)  # 4 bytes in the file
-    write_ae(tmp_path, ae_tensors(params) | {"encoder.weight": repeated})
+    torch.save(ae_tensors(params) | {"encoder.weight": repeated}, tmp_path / "ae.pt")
     assert_refused(tmp_path, "ae.pt: its tensors say that they are larger than the file")
-    write_ae(tmp_path, ae_tensors(params))
+    write_ae(tmp_path, params)
     with zipfile.ZipFile(tmp_path / "ae.pt") as plain:
         members = {info.filename: plain.read(info) for info in plain.infolist()}
     with zipfile.ZipFile(tmp_path / "ae.pt", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -396,14 +376,15 @@ def test_archives_that_unpack_to_more_than_they_are(tmp_path: Path, params: Tens
 
 
 @pytest.mark.parametrize("held", [3, torch.zeros(3), [torch.zeros(3)], {3: torch.zeros(3)}, {"k": 3}])
-def test_what_torch_loads_but_is_no_state_dict(tmp_path: Path, held: object) -> None:
-    write_ae(tmp_path, held)
+def test_what_torch_loads_but_is_no_state_dict(tmp_path: Path, params: Tensors, held: object) -> None:
+    write_ae(tmp_path, params)
+    torch.save(held, tmp_path / "ae.pt")
     assert_refused(tmp_path, "ae.pt: holds more than named tensors")
 
 
 @pytest.mark.parametrize("cfg", ["[1]", "{", "[" * 100_000, '"x"', " " * 2**21])
 def test_configurations_that_are_none(tmp_path: Path, params: Tensors, cfg: str) -> None:
-    for write, name in ((write_sae_lens, "cfg.json"), (lambda f, p: write_ae(f, ae_tensors(p)), "config.json")):
+    for write, name in ((write_sae_lens, "cfg.json"), (write_ae, "config.json")):
         folder = tmp_path / name
         folder.mkdir()
         write(folder, params)

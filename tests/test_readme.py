@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-import cli
 import results
-from activation_store import check_model
+from analysis.dashboard import dashboard_parser
+from checkpoint import save_checkpoint
 from config import Config
-from logs import save_checkpoint
+from language_model import check_model
+from runtime import cli
 from sae import build_sae
 
 ROOT = Path(results.__file__).parent
@@ -73,5 +74,5 @@ def test_commands(here: Path, program: str, words: list[str]) -> None:
         assert options is None or options.resume or options.configs()
     else:
         dashboard = words[0] == "dashboard"
-        parser = results.dashboard_parser() if dashboard else results.table_parser()
+        parser = dashboard_parser() if dashboard else results.table_parser()
         parser.parse_args(words[dashboard:])

@@ -1,4 +1,7 @@
-"""text.py: which files a path names, the held-out split, and packing, compared with plain concatenation."""
+"""Check text.py: which files a path names, the held-out split, packing (against plain concatenation), the stream.
+
+What it refuses stands in test_bad_input.py.
+"""
 
 import hashlib
 import itertools
@@ -16,16 +19,11 @@ import pytest
 import torch
 
 import text
-from text import is_held_out, load_documents, local_files, token_windows
+from runtime.documents import STDLIB, is_held_out, load_documents, local_files
+from text import TextPosition, TextStream, token_windows
 
 Value = str | list[int]
 ROLES = dict(bos_token="<bos>", eos_token="<eos>")
-
-
-@pytest.fixture(autouse=True)
-def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` sleeps 5 s at the end of every pass over parquet files."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -44,7 +42,7 @@ def put_rows(path: Path, column: str, values: list) -> Path:
 
 
 def write(folder: Path, kind: str) -> dict[str, Value]:
-    """Files of a kind in three sub-folders; returns the documents by the key that decides whether they are held out."""
+    """Write files in three sub-folders; return the documents by the key that decides whether they are held out."""
     suffix, _, column = kind.partition(" ")
     documents: dict[str, Value] = {}
     for f, name in enumerate("abc"):
@@ -125,10 +123,10 @@ def test_source_files_keep_their_part_wherever_their_folder_lies(
 
 
 def test_the_standard_library_is_a_data_set_of_files() -> None:
-    files = local_files(text.STDLIB)
+    files = local_files(STDLIB)
     root = Path(sysconfig.get_paths()["stdlib"])
     assert root / "json/decoder.py" in files and not any("site-packages" in file.parts for file in files)
-    held_out = read(text.STDLIB, held_out=True)
+    held_out = read(STDLIB, held_out=True)
     paths = [file for file in files if is_held_out(file.relative_to(root).as_posix())]
     expected = [file.read_bytes().decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n") for file in paths]
     assert sorted(map(digest, held_out)) == sorted(map(digest, expected))
@@ -173,46 +171,10 @@ def test_what_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     def unreachable(*args: object, **options: object) -> None:
         raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr(text, "_load", unreachable)
-    said = (
-        r"^dataset_path 'some/texts': cannot be reached \(ConnectionError: no network\); give other data, or try again$"
-    )
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    said = r"^dataset_path = 'some/texts': cannot be reached \(ConnectionError: no network\); give other data, or try"
     with pytest.raises(OSError, match=said):
-        text.documents("some/texts", held_out=True)
-
-
-@pytest.mark.parametrize("path, files, said", [
-    ("none.txt", {}, "no such file"),
-    ("none/*.txt", {}, "no such file"),
-    ("/none", {}, "no such file"),
-    ("./none", {}, "no such file"),
-    ("~/none", {}, "no such file"),
-    ("folder", {"folder/a.csv": "a,b\n"}, "no file of .py, .txt, .jsonl, .parquet in that folder"),
-    ("a.csv", {"a.csv": "a,b\n"}, "found .csv; give files of one of .py, .txt"),
-    ("A.TXT", {"A.TXT": "a\n"}, "found .TXT; give files of one of .py, .txt"),
-    ("*", {"a.txt": "a\n", "b.jsonl": "{}\n"}, "found .jsonl, .txt; give files of one of"),
-    ("mixed", {"mixed/a.txt": "a\n", "mixed/b.py": "b\n"}, "found .py, .txt; give files of one of"),
-    ("e.txt", {"e.txt": ""}, "every file is empty"),
-    ("e", {"e/a.jsonl": "", "e/b.jsonl": ""}, "every file is empty"),
-    ("one.py", {"one.py": "x = 1\n"}, "1 files leave none for the"),
-    ("c.jsonl", {"c.jsonl": '{"body": "x", "id": 3}\n'}, "among body, id; name one of them text, content, tokens"),
-])  # fmt: skip
-def test_what_cannot_be_read_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, files: dict[str, str], said: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, content in files.items():
-        put(tmp_path / name, content)
-    with pytest.raises(ValueError) as error:
-        read_all(path)
-    message = str(error.value)
-    assert message.startswith(f"dataset_path {path!r}: ") and said in message and "\n" not in message
-
-
-def test_a_parquet_file_without_text_is_refused_with_its_columns(tmp_path: Path) -> None:
-    path = put_rows(tmp_path / "a.parquet", "body", ["x"])
-    with pytest.raises(ValueError, match="no column of text or tokens among id, body; name one of them text"):
-        read_all(path)
+        load_documents("some/texts", held_out=True)
 
 
 def test_empty_files_beside_others_and_bytes_that_are_no_utf8_do_no_harm(tmp_path: Path) -> None:
@@ -225,12 +187,6 @@ def test_empty_files_beside_others_and_bytes_that_are_no_utf8_do_no_harm(tmp_pat
     put_rows(tmp_path / "rows/a.jsonl", "text", ["one"])
     put(tmp_path / "rows/0.jsonl", "")
     assert read_all(tmp_path / "rows") == ["one"]
-
-
-@pytest.mark.parametrize("content", [b'{"text": "caf\xe9"}\n' * 9, b"plain words\n"], ids=["latin-1", "not JSON"])
-def test_jsonl_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(ValueError):
-        read_all(put(tmp_path / "a.jsonl", content))
 
 
 def test_rows_without_a_value_are_left_out(tmp_path: Path) -> None:
@@ -247,8 +203,6 @@ def numbers(count: int = 150) -> list[list[int]]:
     return [[rng.randrange(4, 200) for _ in range(rng.randrange(41))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("column", ["tokens", "numpy tokens", "text"])
-@pytest.mark.parametrize("seq_len", [2, 3, 16, 2000, 10_000])
 @pytest.mark.parametrize("roles, bos, separator", [
     (ROLES, 0, [1]),
     (dict(bos_token="<bos>"), 0, []),
@@ -256,18 +210,20 @@ def numbers(count: int = 150) -> list[list[int]]:
     (dict(bos_token="<eos>", eos_token="<eos>"), 1, [1]),
 ], ids=["both", "no EOS", "no BOS", "the same"])  # fmt: skip
 def test_windows_are_the_documents_one_after_the_other(
-    word_tokenizer: Callable, column: str, seq_len: int, roles: dict[str, str], bos: int, separator: list[int]
+    word_tokenizer: Callable, roles: dict[str, str], bos: int, separator: list[int]
 ) -> None:
-    if column == "text":
-        documents = [{"text": " ".join(f"w{i}" for i in tokens)} for tokens in numbers()]
-    else:
-        documents = [{"tokens": np.array(tokens) if column == "numpy tokens" else tokens} for tokens in numbers()]
-    windows = list(token_windows(documents, word_tokenizer(**roles), seq_len))
+    columns = {
+        "tokens": [{"tokens": tokens} for tokens in numbers()],
+        "numpy": [{"tokens": np.array(tokens)} for tokens in numbers()],
+        "text": [{"text": " ".join(f"w{i}" for i in tokens)} for tokens in numbers()],
+    }
     stream = [token for tokens in numbers() for token in tokens + separator]
-    full = len(stream) // (seq_len - 1)
-    assert len(windows) == full and all(w.shape == (seq_len,) and w.dtype == torch.int64 for w in windows)
-    assert all(w[0] == bos for w in windows)
-    assert [token for w in windows for token in w[1:].tolist()] == stream[: full * (seq_len - 1)]
+    for documents, seq_len in itertools.product(columns.values(), (2, 3, 16, 2000, 10_000)):
+        windows = list(token_windows(documents, word_tokenizer(**roles), seq_len))
+        full = len(stream) // (seq_len - 1)
+        assert len(windows) == full and all(w.shape == (seq_len,) and w.dtype == torch.int64 for w in windows)
+        assert all(w[0] == bos for w in windows)
+        assert [token for w in windows for token in w[1:].tolist()] == stream[: full * (seq_len - 1)]
 
 
 def test_windows_are_made_as_documents_come(word_tokenizer: Callable) -> None:
@@ -290,18 +246,60 @@ def test_one_long_row_is_many_windows(word_tokenizer: Callable, tmp_path: Path) 
     assert len(windows) == 1000 and all(w.tolist() == [0] + [9] * 100 for w in windows)
 
 
-@pytest.mark.parametrize("document, said", [
-    ({"tokens": [4, 200, 5]}, "token 200 is outside the vocabulary of 200"),
-    ({"tokens": [4, -1, 5]}, "token -1 is outside the vocabulary of 200"),
-    ({"tokens": ["the", "cat"]}, "tokens are \\['the', 'cat'\\]; the column must hold lists of ids"),
-    ({"text": 3}, "a text is 3; the column must hold strings"),
-])  # fmt: skip
-def test_rows_that_are_no_text_and_no_tokens_are_refused(word_tokenizer: Callable, document: dict, said: str) -> None:
-    assert len(list(token_windows([{"tokens": [4, 199, 5]}], word_tokenizer(**ROLES), 5))) == 1
-    with pytest.raises(ValueError, match=said):
-        list(token_windows([document], word_tokenizer(**ROLES), 2))
+def test_a_token_outside_the_vocabulary_is_refused(word_tokenizer: Callable) -> None:
+    assert len(list(token_windows([{"tokens": [0, 4, 199]}], word_tokenizer(**ROLES), 5))) == 1
+    for token in (-1, 200):
+        with pytest.raises(ValueError, match=f"^token {token} is outside the vocabulary of 200"):
+            list(token_windows([{"tokens": [4, token, 5]}], word_tokenizer(**ROLES), 2))
 
 
-def test_a_tokenizer_without_bos_and_eos_is_refused(word_tokenizer: Callable) -> None:
-    with pytest.raises(ValueError, match="neither a BOS nor an EOS token; choose another model_name"):
-        next(token_windows([{"text": "w5 w6"}], word_tokenizer(), 2))
+# ---- the stream ----
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the pool and what is read at once smaller than the test's text."""
+    monkeypatch.setattr(text, "MIXED_TOKENS", 80)
+    monkeypatch.setattr(text, "TOKENISED_DOCUMENTS", 3)
+
+
+def test_every_epoch_serves_each_window_once_in_an_order_of_its_own(
+    word_tokenizer: Callable, tmp_path: Path, small: None
+) -> None:
+    path, tokenizer = str(put_rows(tmp_path / "a.jsonl", "tokens", numbers())), word_tokenizer(**ROLES)
+    documents = load_documents(path, held_out=False)
+    count = len(list(token_windows(documents, tokenizer, 8)))
+    epochs = TextStream(path, None, tokenizer, 8, seed=0).next_windows(3 * count).tolist()
+    epochs = [epochs[i * count : (i + 1) * count] for i in range(3)]
+    for epoch, served in enumerate(epochs):
+        documents.set_epoch(epoch)
+        packed = [window.tolist() for window in token_windows(documents, tokenizer, 8)]
+        assert sorted(served) == sorted(packed) and served != packed
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_position_continues_the_stream_and_stays_what_it_was(
+    word_tokenizer: Callable, tmp_path: Path, small: None
+) -> None:
+    path = put_rows(tmp_path / "a.jsonl", "tokens", numbers(40))
+    options = str(path), None, word_tokenizer(**ROLES), 8, 0
+    stream, served, positions = TextStream(*options), [], []
+    for _ in range(40):
+        positions.append(stream.position)
+        served.append(stream.next_windows(7))
+    assert {position.epoch for position in positions} == {0, 1, 2}
+    for at in (0, 1, 12, 25):
+        state = positions[at].to_state()
+        json.dumps({name: value for name, value in state.items() if not isinstance(value, torch.Tensor)})
+        for position in (positions[at], TextPosition.from_state(state)):
+            again = TextStream(*options, position)
+            assert all(torch.equal(again.next_windows(7), windows) for windows in served[at : at + 15])
+
+
+def test_a_bad_row_is_named_with_its_data_set(word_tokenizer: Callable, tmp_path: Path, small: None) -> None:
+    path = put_rows(tmp_path / "a.jsonl", "tokens", [*numbers(), *([[200, i] for i in range(40)])])
+    stream = TextStream(str(path), None, word_tokenizer(**ROLES), 8, seed=0)
+    with pytest.raises(
+        ValueError, match=rf"^dataset_path = '{path}': cannot be used \(.*token 200 is outside.*other data$"
+    ):
+        stream.next_windows(10_000)

@@ -1,20 +1,24 @@
 """training.py: schedules by hand, one step against plain torch, and what `train` reads, writes and waits for."""
 
+import copy
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-import sparse
 import training
-from activation_store import ActivationsStore, check_model, load_model
+from activation_store import ActivationsStore
 from config import Config
+from kernels import choose, sparse
+from language_model import check_model, load_model
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 from training import Trainer, learning_rate, sparsity_coefficient, train
 
@@ -35,19 +39,26 @@ def one_of_each(**changes: object) -> list[BaseAutoencoder]:
     return [build_sae(config(sae_type, **changes)) for sae_type in SAE_TYPES]
 
 
+def rows(step: int) -> Tensor:
+    rng = torch.Generator().manual_seed(step)
+    return torch.randn(B, D, generator=rng) * torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5, 0.1]) + 0.7
+
+
 class Store:
-    """Stands in for ActivationsStore: rows that depend on the step alone."""
+    """Stand in for ActivationsStore, with rows that depend on the step alone."""
 
     model = None
-    mean = torch.zeros(D)
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg, self.served = cfg, 0
+    def __init__(self, cfg: Config, served: int = 0, change: Callable[[Tensor, int], Tensor] = lambda x, _: x) -> None:
+        self.cfg, self.served, self.change = cfg, served, change
+        self.mean = {cfg.hook_name: torch.zeros(D)}
 
-    def next_batch(self) -> Tensor:
-        rng = torch.Generator().manual_seed(self.served)
+    def next_batch(self) -> dict[str, Tensor]:
         self.served += 1
-        return torch.randn(B, D, generator=rng) * torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5, 0.1]) + 0.7
+        return {self.cfg.hook_name: self.change(rows(self.served - 1), self.served)}
+
+    def put_back(self) -> None:
+        self.served -= 1
 
     @property
     def state(self) -> dict[str, int]:
@@ -58,12 +69,12 @@ class Store:
 
 
 class Recorder:
-    """Stands in for RunLog."""
+    """Stand in for RunLog."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[int, int, int, dict[str, float]]] = []
         self.checkpoints: list[tuple[BaseAutoencoder, int]] = []
-        self.states: list[dict] = []
+        self.states: list[dict[str, Any]] = []
 
     def log(self, *line: object) -> None:
         self.lines.append(line)
@@ -71,17 +82,17 @@ class Recorder:
     def checkpoint(self, sae: BaseAutoencoder, step: int) -> None:
         self.checkpoints.append((sae, step))
 
-    def save_state(self, state: dict) -> None:
-        self.states.append(state)
+    def save_state(self, state: dict[str, Any]) -> None:
+        self.states.append(copy.deepcopy(state))
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation gives as L0 each SAE's number of evaluations so far; Store's rows belong to no language model."""
+    """Have evaluation give as L0 each SAE's number of evaluations so far: no language model made Store's rows."""
     evaluations = Counter()
 
     def evaluate(model: None, saes: list[BaseAutoencoder], tokens: str, mean: Tensor) -> list[dict[str, float]]:
-        assert (model, tokens, mean) == (Store.model, "held-out tokens", Store.mean)
+        assert (model, tokens) == (Store.model, "held-out tokens") and torch.equal(mean, torch.zeros(D))
         evaluations.update(id(sae) for sae in saes)
         return [{"l0": evaluations[id(sae)], "explained_variance": 0.5} for sae in saes]
 
@@ -102,26 +113,15 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (0.05, 0.2, 1, {0: 1}),
     ],
 )
-def test_learning_rate_rises_stays_and_falls(
+def test_learning_rate_rises_stays_and_falls_and_the_sparsity_coefficient_rises_and_stays(
     warmup: float, decay: float, steps: int, expected: dict[int, float]
 ) -> None:
-    cfg = config(steps=steps, lr=2.0, lr_warmup=warmup, lr_decay=decay)
+    cfg = config("vanilla", steps=steps, lr=2.0, lr_warmup=warmup, lr_decay=decay)
     assert {step: learning_rate(cfg, step) / 2 for step in expected} == pytest.approx(expected)
     rates = [learning_rate(cfg, step) for step in range(steps)]
     assert max(rates) == 2 and min(rates) > 0
-
-
-@pytest.mark.parametrize(
-    "warmup, steps, expected",
-    [
-        (0.1, 100, {0: 0.1, 8: 0.9, 9: 1, 10: 1, 99: 1}),
-        (0.0, 100, {0: 1, 99: 1}),
-        (1.0, 100, {0: 0.01, 49: 0.5, 99: 1}),
-        (0.1, 1, {0: 1}),
-    ],
-)
-def test_sparsity_coefficient_rises_and_stays(warmup: float, steps: int, expected: dict[int, float]) -> None:
-    cfg = config("vanilla", steps=steps, l1_coeff=4.0, sparsity_warmup=warmup)
+    cfg = config("vanilla", steps=steps, l1_coeff=4.0, sparsity_warmup=warmup, lr_warmup=0.0, lr_decay=decay)
+    expected = {step: 1 if step + 1 >= warmup * steps else (step + 1) / (warmup * steps) for step in expected}
     assert {step: sparsity_coefficient(cfg, step) / 4 for step in expected} == pytest.approx(expected)
 
 
@@ -136,7 +136,7 @@ def test_steps_equal_plain_torch(
     """Adam written out, on gradients that are projected, then clipped; then rows of norm 1, thresholds above 0."""
     monkeypatch.setattr(sparse, "BAGGED_LATENTS", 5)
     cfg = config(sae_type, steps=8, max_grad_norm=max_grad_norm, lr_warmup=0.4, sparsity_warmup=0.9, l1_coeff=0.3)
-    sae, twin, store = build_sae(cfg).train(), build_sae(cfg).train(), Store(cfg)
+    sae, twin = build_sae(cfg).eval(), build_sae(cfg).train()
     trainer = Trainer(sae)
     norms: list[float] = []
     trainer.optimizer.register_step_pre_hook(
@@ -148,12 +148,13 @@ def test_steps_equal_plain_torch(
     m = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     v = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     for step in range(cfg.num_steps):
-        x = store.next_batch()
+        x = rows(step)
         out = trainer.step(x, step)
 
         twin.l1_coeff = cfg.l1_coeff * (step + 1) / 7.2 if step < 7 else cfg.l1_coeff
         expected = twin(x)
         assert_close(out.losses, expected.losses, rtol=1e-4, atol=1e-5)
+        twin.after_step(expected.latents)
         twin.zero_grad()
         expected.loss.backward()
         grads = {name: p.grad.clone() for name, p in twin.named_parameters()}
@@ -177,33 +178,83 @@ def test_steps_equal_plain_torch(
         for name, p in twin.named_parameters():
             assert_close(sae.get_parameter(name), p, rtol=1e-4, atol=1e-4, msg=name)
         assert_close(sae.W_dec.norm(dim=1), torch.ones(F), rtol=0, atol=1e-6)
-        assert all(p.grad is None or not p.grad.any() for p in sae.parameters())
+        for name, buffer in twin.named_buffers():
+            assert_close(sae.get_buffer(name), buffer, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_step_refuses_gradients_from_before() -> None:
+    trainer = Trainer(build_sae(config()))
+    trainer.sae(rows(0)).loss.backward()
+    with pytest.raises(AssertionError, match="gradients from before"):
+        trainer.step(rows(0), 0)
+
+
+@pytest.mark.parametrize("sae_type", ["vanilla", "jumprelu"])
+def test_a_trainer_gives_decoder_rows_norm_1_and_the_output_stays(sae_type: str) -> None:
+    sae = build_sae(config(sae_type)).eval()
+    sae.W_dec.data *= torch.linspace(0.2, 5, F)[:, None]
+    before = sae(rows(0)).sae_out
+    Trainer(sae)
+    assert_close(sae.W_dec.norm(dim=1), torch.ones(F), rtol=0, atol=1e-6)
+    assert_close(sae.eval()(rows(0)).sae_out, before, rtol=1e-5, atol=1e-5)
+
+
+@all_types
+def test_the_way_for_gpus_trains_as_the_way_for_cpus(monkeypatch: pytest.MonkeyPatch, sae_type: str) -> None:
+    """Compare fifty steps, with latents that are dead from the start and others that die and come back."""
+    monkeypatch.setattr(choose, "MAX_DENSITY", 1.0)  # on a CPU, always sparse
+    trained, dead = [], []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(sparse, "on_gpu", lambda tensor, on_gpu=on_gpu: on_gpu)
+        sae = build_sae(config(sae_type, steps=50, top_k_aux=2))
+        sae.initialise_from(rows(0))
+        sae.tokens_since_fired[:6] = sae.cfg.dead_after
+        sae.b_enc.data[:6] = -2
+        trainer = Trainer(sae)
+        dead.append([])
+        for step in range(50):
+            dead[-1].append(int(sae.dead.sum()))
+            assert ("auxk" in trainer.step(rows(step), step).losses) == (sae.uses_auxk and dead[-1][-1] > 0)
+        trained.append(sae.state_dict())
+    assert dead[0] == dead[1] and dead[0][0] == 6 and len({*dead[0]}) > 1
+    assert_close(*trained, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loaded_state_does_not_meet_the_dead_latents_counted_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "on_gpu", lambda tensor: True)
+    many, few = (Trainer(build_sae(config(dead_after_tokens=2 * B))) for _ in range(2))
+    many.sae.tokens_since_fired[:9] = few.sae.tokens_since_fired[:4] = 10**6
+    for trainer, latents in ((many, 9), (few, 4)):
+        trainer.sae.b_enc.data[:latents] = -1e6
+        trainer.step(rows(0), 0)
+    few_state = copy.deepcopy(few.state())
+    for trainer in (many, few):
+        trainer.load_state(few_state)
+        trainer.step(rows(1), 1)
+    assert_close(many.sae.state_dict(), few.sae.state_dict(), rtol=0, atol=0)
 
 
 # ---- the loop ----
 
 
 @pytest.mark.parametrize("input_unit_norm", [True, False], ids=["normalised", "raw"])
-def test_b_dec_is_the_first_batchs_mean_before_the_first_step(
-    monkeypatch: pytest.MonkeyPatch, no_model: None, input_unit_norm: bool
+def test_a_new_sae_starts_from_the_first_batch_and_a_trained_one_from_where_it_is(
+    no_model: None, input_unit_norm: bool
 ) -> None:
-    saes = [sae.eval() for sae in one_of_each(steps=2, input_unit_norm=input_unit_norm)]
-    seen: list[tuple[int, Tensor, bool]] = []
-    original = Trainer.step
-
-    def spy(trainer: Trainer, x: Tensor, step: int) -> object:
-        seen.append((step, trainer.sae.b_dec.detach().clone(), trainer.sae.training))
-        return original(trainer, x, step)
-
-    monkeypatch.setattr(Trainer, "step", spy)
+    """Adam's steps are about lr long: what has moved further was set."""
+    saes = one_of_each(steps=2, input_unit_norm=input_unit_norm, lr_warmup=0.0, lr_decay=0.0)
     train(saes, Store(saes[0].cfg))
-    x = Store(saes[0].cfg).next_batch()
-    if input_unit_norm:
-        x = (x - x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-5)
-    assert [step for step, _, _ in seen] == [0] * 4 + [1] * 4 and all(training for _, _, training in seen)
-    for step, b_dec, _ in seen:
-        assert torch.allclose(b_dec, x.mean(dim=0), atol=1e-6) == (step == 0)
-    assert not any(sae.training for sae in saes)
+    started = [build_sae(sae.cfg) for sae in saes]
+    for sae in started:
+        sae.initialise_from(rows(0))
+    before = [copy.deepcopy(sae) for sae in saes]
+    train(saes, Store(saes[0].cfg, change=lambda x, _: x + 20.0 * torch.arange(D)))
+    for old, new in (*zip(started, before), *zip(before, saes)):
+        assert torch.equal(new.input_scale, old.input_scale) and new.input_scale > 0 and not new.training
+        for (name, p), was in zip(new.named_parameters(), old.parameters()):
+            assert (p - was).abs().max() < 4 * new.cfg.lr, name
+        assert not torch.equal(new.b_dec, old.b_dec)
+    assert saes[2].threshold_updates == 4
 
 
 def test_saes_trained_together_are_those_trained_alone(no_model: None) -> None:
@@ -273,85 +324,76 @@ def test_an_sae_of_another_stream_is_refused(field: str, value: int) -> None:
 
 
 def test_only_log_steps_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, no_model: None) -> None:
-    """The sparse code looks at its data to choose the faster way: on the CPU alone, where nothing is waited for."""
-    allowed = {"batchtopk", "_smallest_kept_in_sample", "above", "_bags_by_latent", "failure"}
+    """On a CPU `failure` looks at every step; the number of dead latents is on its way since the step before."""
+    monkeypatch.setattr(sparse, "on_gpu", lambda tensor: True)
+    allowed = {"failure", "_num_dead"}
     waits: list[tuple[int, str]] = []
     saes = one_of_each(log_freq=4, dead_after_tokens=B)
     for sae in saes:
         sae.tokens_since_fired += B  # latents are dead from the start, so AuxK is at work
-    store = Store(saes[0].cfg)
-    for method in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__repr__"):
+    store, folders = Store(saes[0].cfg), [Path(module.__file__).parent for module in (training, sparse)]
+    looks = ("item", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__repr__")
+    for method in looks:
         original = getattr(Tensor, method)
 
         def spy(tensor: Tensor, *args: object, original: object = original, **options: object) -> object:
             frame = sys._getframe(1)
-            while Path(frame.f_code.co_filename).parent != Path(training.__file__).parent:
+            while (code := frame.f_code).co_name.startswith("<") or Path(code.co_filename).parent not in folders:
                 frame = frame.f_back
-            waits.append((store.served, frame.f_code.co_name))
+            waits.append((store.served, code.co_name))
             return original(tensor, *args, **options)
 
         monkeypatch.setattr(Tensor, method, spy)
     train(saes, store)
     monkeypatch.undo()
     by_step = {step: {name for s, name in waits if s == step} - allowed for step in range(1, 11)}
+    assert by_step.pop(1) == {"_step", "_weights"}  # is the SAE new, and which of its latents are dead
     assert {step for step, names in by_step.items() if names} == {4, 8, 10}
-    assert by_step[4] == {"training_metrics"}
+    assert by_step[4] == {"_finish"}  # of the metrics
     assert allowed <= {name for _, name in waits}
 
 
 # ---- numbers that are not finite ----
 
 
-class BrokenStore(Store):
-    """NaN or Inf in one activation of batch 5."""
-
-    def next_batch(self) -> Tensor:
-        batch = super().next_batch()
-        if self.served == 5:
-            batch[3, 2] = self.number
-        return batch
+def break_one_number(number: float) -> Callable[[Tensor, int], Tensor]:
+    """Put NaN or Inf into one activation of batch 5."""
+    broken = torch.zeros(B, D)
+    broken[3, 2] = number
+    return lambda x, served: x + broken if served == 5 else x
 
 
 def test_topk_with_nothing_finite_in_a_batch_ends_as_the_others_do(no_model: None) -> None:
     """Wide enough for the search by group maxima, which finds no candidate then."""
     sae = build_sae(config(dict_size=2048))
-    store = Store(sae.cfg)
-    serve = store.next_batch
-    store.next_batch = lambda: serve() * torch.nan
     with pytest.raises(FloatingPointError, match="step 1, activations: not finite"):
-        train([sae], store)
+        train([sae], Store(sae.cfg, change=lambda x, _: x * torch.nan))
 
 
 def poison(sae: BaseAutoencoder, tensor: str) -> None:
-    """From the fifth step on the loss, or the gradient of a parameter, is not finite."""
+    """Make the loss, or the gradient of a parameter, not finite from the fifth step on."""
+    calls = iter(range(1, 100))
     if tensor == "loss":
-        penalty = sae.penalty
-        calls = iter(range(1, 100))
-        sae.penalty = lambda *args: penalty(*args) | {"bad": torch.tensor(torch.inf if next(calls) >= 5 else 0.0)}
+        losses = sae.losses
+        sae.losses = lambda *args: losses(*args) | {"bad": torch.tensor(torch.inf if next(calls) >= 5 else 0.0)}
     else:
-        parameter = getattr(sae, tensor.split()[-1])
-        calls = iter(range(1, 100))
+        parameter = sae.get_parameter(tensor.split()[-1])
         parameter.register_hook(lambda grad: grad * torch.nan if next(calls) >= 5 else grad)
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 def test_activations_that_are_not_finite_stop_the_run_before_they_reach_a_parameter(
-    no_model: None, monkeypatch: pytest.MonkeyPatch, number: float
+    no_model: None, number: float
 ) -> None:
-    monkeypatch.setattr(BrokenStore, "number", number, raising=False)
     saes, untroubled, log = one_of_each(), one_of_each(), Recorder()
     with pytest.raises(FloatingPointError, match=f"^{saes[0].cfg.name}: step 5, activations: not finite; lower lr = "):
-        train(saes, BrokenStore(saes[0].cfg), log)
+        train(saes, Store(saes[0].cfg, change=break_one_number(number)), log)
     assert log.checkpoints == []
-    store = Store(saes[0].cfg)
-    trainers = [Trainer(sae) for sae in untroubled]
-    for step in range(4):
-        x = store.next_batch()
-        for trainer in trainers:
-            if step == 0:
-                trainer.sae.initialise_from(x)
-            trainer.step(x, step)
     for sae, expected in zip(saes, untroubled):
+        expected.initialise_from(rows(0))
+        trainer = Trainer(expected)
+        for step in range(4):
+            trainer.step(rows(step), step)
         for (name, found), p in zip(sae.named_parameters(), expected.parameters()):
             assert_close(found, p, rtol=1e-6, atol=0, msg=name)
 
@@ -371,34 +413,30 @@ def test_an_sae_whose_loss_or_gradient_is_not_finite_is_named_and_the_others_are
 
 def test_without_looking_nothing_changes_after_the_step_that_failed() -> None:
     """On a GPU `failure` is asked for some steps later; what it says and saves is of the first."""
-    sae = build_sae(config("jumprelu")).train()
-    trainer, store = Trainer(sae), Store(sae.cfg)
+    sae = build_sae(config("jumprelu"))
+    trainer = Trainer(sae)
     for step in range(3):
-        trainer.step(store.next_batch(), step)
+        trainer.step(rows(step), step)
     before = [p.detach().clone() for p in sae.parameters()]
-    trainer.step(store.next_batch() * torch.nan, 3)
-    for step in range(4, 7):
-        trainer.step(store.next_batch(), step)
+    for step in range(3, 7):
+        trainer.step(rows(step) * (torch.nan if step == 3 else 1), step)
     assert trainer.failure() == "step 4, activations: not finite"
     assert_close([p.detach() for p in sae.parameters()], before, rtol=1e-6, atol=0)
     assert trainer.optimizer.state[trainer.views[0]]["step"] == 3
 
 
-def test_after_training_gradients_add_up_again(no_model: None) -> None:
-    """While it lasts they are written over each other."""
+def test_after_training_gradients_add_up_again_in_memory_of_their_own(no_model: None) -> None:
     sae = build_sae(config(dead_after_tokens=10**9))
-    store = Store(sae.cfg)
-    train([sae], store)
+    train([sae], Store(sae.cfg))
     sae.train()
-    batches = [store.next_batch() for _ in range(2)]
     alone = []
-    for x in batches:
+    for step in range(2):
         sae.zero_grad()
-        sae(x).loss.backward()
-        alone.append(sae.W_dec.grad.clone())
+        sae(rows(step)).loss.backward()
+        alone.append(sae.W_dec.grad)
     sae.zero_grad()
-    for x in batches:
-        sae(x).loss.backward()
+    for step in range(2):
+        sae(rows(step)).loss.backward()
     assert_close(sae.W_dec.grad, alone[0] + alone[1])
 
 
@@ -426,21 +464,73 @@ def test_by_default_saving_takes_a_hundredth_of_the_time(monkeypatch: pytest.Mon
     assert 0.005 < saved / now < 0.011
 
 
+def fail_at(calls: int, function: Callable, error: Exception) -> Callable:
+    """Wrap a function so that one of its calls raises."""
+    count = iter(range(1, 10**6))
+
+    def failing(*args: Any) -> Any:
+        if next(count) == calls:
+            raise error
+        return function(*args)
+
+    return failing
+
+
 def test_a_failing_store_leaves_the_state_of_the_step_before(no_model: None) -> None:
     saes, log = one_of_each(), Recorder()
     store = Store(saes[0].cfg)
-    serve = store.next_batch
-
-    def fail_at_the_7th() -> Tensor:
-        if store.served == 6:
-            raise OSError("the network is gone")
-        return serve()
-
-    store.next_batch = fail_at_the_7th
+    store.next_batch = fail_at(7, store.next_batch, OSError("the network is gone"))
     with pytest.raises(OSError, match="gone"):
         train(saes, store, log)
     (state,) = log.states
     assert state["step"] == 6 and state["store"] == {"served": 6}
+
+
+GPU_FULL = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+CPU_FULL = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+
+@pytest.mark.parametrize("full", [GPU_FULL, CPU_FULL], ids=["GPU", "CPU"])
+@pytest.mark.parametrize(
+    "function, calls, step",
+    [("step", 3 * 4 + 2, 5), ("evaluate", 2, 6), ("evaluate", 4, 10)],
+    ids=["second SAE in step 5", "evaluation after step 6", "last evaluation"],
+)
+def test_a_run_that_is_out_of_memory_goes_on_to_the_same_end(
+    monkeypatch: pytest.MonkeyPatch, function: str, calls: int, step: int, full: Exception
+) -> None:
+    def evaluate(model: None, saes: list[BaseAutoencoder], *_: object) -> list[dict[str, float]]:
+        return [{"l0": sae.b_enc.sum().item(), "explained_variance": sae.W_enc.norm().item()} for sae in saes]
+
+    def evaluations(*logs: Recorder) -> list[tuple]:
+        return [line for log in logs for line in log.lines if "eval/l0" in line[3]]
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    saes, troubled, resumed = (one_of_each(perf_log_freq=3, log_freq=2)[1:] for _ in range(3))
+    cfg, (log, before, after) = saes[0].cfg, (Recorder() for _ in range(3))
+    results = train(saes, Store(cfg), log)
+
+    place = Trainer if function == "step" else training
+    with monkeypatch.context() as patch:
+        patch.setattr(place, function, fail_at(calls, getattr(place, function), full))
+        with pytest.raises(ValueError, match=rf"^out of memory in step {step}: lower dict_size = {F}, ") as error:
+            train(troubled, Store(cfg), before)
+    assert "\n" not in str(error.value) and "batch_size = 32" in str(error.value)
+    (state,) = before.states
+    assert state["step"] == state["store"]["served"] == step - 1
+    assert train(resumed, Store(cfg, **state["store"]), after, state) == results
+    assert evaluations(before, after) == evaluations(log)
+    assert [n for _, n in after.checkpoints] == [10] * 3 and after.states == []
+    for sae, expected in zip(resumed, saes):
+        assert_close(sae.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_another_error_in_a_step_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch, no_model: None) -> None:
+    saes, log = one_of_each(), Recorder()
+    monkeypatch.setattr(Trainer, "step", fail_at(9, Trainer.step, RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(saes, Store(saes[0].cfg), log)
+    assert log.states == []
 
 
 # ---- on a language model ----
@@ -458,7 +548,7 @@ def real_run(model_path: Path, text: Path, steps: int, seed: int = 0) -> tuple[l
         for sae_type in SAE_TYPES
     ]  # fmt: skip
     saes, log = [build_sae(cfg) for cfg in cfgs], Recorder()
-    log.results = train(saes, ActivationsStore(load_model(cfgs[0]), cfgs[0]), log)
+    log.results = train(saes, ActivationsStore(load_model(cfgs[0]), cfgs), log)
     return saes, log
 
 
@@ -488,9 +578,8 @@ def test_saes_are_placed_on_the_devices_in_turn(no_model: None, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     gpus = [torch.device("cuda", index) for index in range(3)]
     assert training.placements(config(device="cuda")) == gpus
-    assert training.placements(config(device="cuda:1")) == gpus[1:2] and training.placements(config()) == [
-        torch.device("cpu")
-    ]
+    assert training.placements(config(device="cuda:1")) == gpus[1:2]
+    assert training.placements(config()) == [torch.device("cpu")]
 
     moved: list[tuple[BaseAutoencoder, torch.device]] = []
     monkeypatch.setattr(training, "placements", lambda cfg: gpus[:2])

@@ -1,4 +1,4 @@
-"""Our checkpoints in SAELens, its models with SAEs in them, its evaluations, and SAEBench's core evaluation."""
+"""Open our checkpoints in SAELens, put them into its models, and run its evaluations and SAEBench's core one."""
 
 import json
 from pathlib import Path
@@ -18,18 +18,18 @@ from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from activation_store import load_model, ordinary_positions, record
+from checkpoint import save_checkpoint
 from config import Config
-from evaluation import cross_entropy, evaluate, spliced_logits
-from hub import push_to_hub
-from logs import save_checkpoint
+from evaluation import evaluate
+from interop.hub import push_to_hub
+from language_model import load_model, ordinary_positions, record, replacing
 from sae import SAE_TYPES, BaseAutoencoder
 
 WIDTH = 16  # of tiny_gpt2
 
 
 def make(sae_type: str, norm: bool, **fields: object) -> BaseAutoencoder:
-    """An SAE with every parameter away from where it starts."""
+    """Make an SAE with every parameter away from where it starts."""
     fields = {"layer": 1, "site": "resid_pre", "act_size": WIDTH, "dict_size": 64, "top_k": 8, "device": "cpu"} | fields
     sae = SAE_TYPES[sae_type](Config(sae_type=sae_type, input_unit_norm=norm, **fields))
     with torch.random.fork_rng(), torch.no_grad():
@@ -37,7 +37,7 @@ def make(sae_type: str, norm: bool, **fields: object) -> BaseAutoencoder:
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             getattr(sae, name).add_(0.2 * torch.randn_like(getattr(sae, name)))
         sae.constrain()
-        if sae_type in ("batchtopk", "jumprelu"):
+        if sae.cfg.type.sae_lens == "jumprelu":
             sae.threshold.copy_(torch.rand_like(sae.threshold) + 0.3)
     return sae.eval()
 
@@ -64,6 +64,7 @@ def test_load_from_disk(tmp_path: Path, sae_type: str, norm: bool, shape: tuple[
     sae = make(sae_type, norm)
     save_checkpoint(sae, tmp_path / "sae")
     theirs = SAE.load_from_disk(tmp_path / "sae")
+    assert theirs.cfg.architecture() == sae.cfg.type.sae_lens
     assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_pre"
     assert_same(sae, theirs, 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(2)) + 0.5)
 
@@ -114,10 +115,10 @@ def hooked(tiny_gpt2: Path) -> HookedSAETransformer:
 def fitted(
     tiny_gpt2: Path, windows: torch.Tensor, folder: Path, sae_type: str, norm: bool
 ) -> tuple[BaseAutoencoder, SAE, object]:
-    """An SAE about the mean of the model's activations, what SAELens makes of its checkpoint, and the model."""
+    """Return an SAE about the mean of the model's activations, what SAELens makes of its checkpoint, and the model."""
     sae = make(sae_type, norm, model_name=str(tiny_gpt2))
     model = load_model(sae.cfg)
-    sae.initialise_from(record(model, windows, sae.cfg.hook_point).flatten(0, 1))
+    sae.initialise_from(record(model, windows, sae.cfg.reads)[sae.cfg.hook_name])
     save_checkpoint(sae, folder)
     return sae, SAE.load_from_disk(folder), model
 
@@ -127,18 +128,21 @@ def fitted(
 def test_spliced(
     tiny_gpt2: Path, windows: torch.Tensor, hooked: HookedSAETransformer, tmp_path: Path, sae_type: str, norm: bool
 ) -> None:
-    """SAELens replaces every position, its two kinds of model with an SAE in them as one; then CE is that of ours."""
+    """SAELens replaces every position; CE in its two kinds of model with an SAE in them is that of ours."""
     sae, theirs, model = fitted(tiny_gpt2, windows, tmp_path / "sae", sae_type, norm)
-    everywhere = torch.ones_like(windows, dtype=torch.bool)
-    logits = spliced_logits(model, windows, sae.cfg.hook_point, everywhere, lambda rows: sae(rows).sae_out)
-    ce = cross_entropy(logits, windows, everywhere)
-    clean = cross_entropy(model(windows, return_type="logits"), windows, everywhere)
-    assert abs(ce - clean) > 1e-2
     bridge = SAETransformerBridge.boot_transformers(str(tiny_gpt2), device="cpu")
-    for their_model in (hooked, bridge):
-        with torch.no_grad():
-            their_logits = their_model.run_with_saes(windows, saes=[theirs], return_type="logits")
-        torch.testing.assert_close(cross_entropy(their_logits, windows, everywhere), ce, rtol=1e-5, atol=0)
+    with torch.no_grad():
+        clean = cross_entropy(model(windows, return_type="logits"), windows)
+        with replacing(model, {sae.cfg.hook_name: lambda acts: sae(acts).sae_out}):
+            ce = cross_entropy(model(windows, return_type="logits"), windows)
+        assert abs(ce - clean) > 1e-2
+        for their_model in (hooked, bridge):
+            logits = their_model.run_with_saes(windows, saes=[theirs], return_type="logits")
+            torch.testing.assert_close(cross_entropy(logits, windows), ce, rtol=1e-5, atol=0)
+
+
+def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def store(theirs: SAE, model: HookedSAETransformer, tiny_text: Path) -> ActivationsStore:

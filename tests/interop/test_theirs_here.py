@@ -1,4 +1,4 @@
-"""Checkpoints that SAELens, dictionary_learning and sparsify wrote, opened here: they compute what theirs do."""
+"""Open checkpoints that SAELens, dictionary_learning and sparsify wrote, and compute what those compute."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor, nn
 
-from pretrained import load_pretrained
+from interop.pretrained import load_pretrained
 
 D, F, K = 24, 96, 6
 
@@ -30,7 +30,7 @@ def seeded() -> None:
 
 
 def shaken(module: nn.Module, negative_thresholds: bool = False) -> nn.Module:
-    """Every parameter and threshold away from where it starts; decoder rows of many norms; some thresholds below 0."""
+    """Move every parameter and threshold away from where it starts, decoder rows to many norms."""
     with torch.no_grad():
         for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
             if "threshold" in name:
@@ -146,7 +146,7 @@ def test_gemma_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ours = load_pretrained(f"{repo}:{folder}")
     theirs = sae_lens.SAE.from_dict(cfg | {"normalize_activations": "none"})
     theirs.load_state_dict(weights)
-    assert (ours.cfg.model_name, ours.cfg.hook_point) == ("google/gemma-2-2b", cfg["hook_name"])
+    assert (ours.cfg.model_name, ours.cfg.hook_name) == ("google/gemma-2-2b", cfg["hook_name"])
     assert_same_as_sae_lens(ours, theirs, torch.randn(30, D))
 
 
@@ -177,7 +177,7 @@ def test_dictionary_learning(tmp_path: Path, sae_type: str, theirs: object, nega
     reference, _ = load_dictionary(str(tmp_path), "cpu")
     ours = load_pretrained(tmp_path)
     assert ours.cfg.sae_type == sae_type
-    assert (ours.cfg.model_name, ours.cfg.hook_point) == ("EleutherAI/pythia-70m-deduped", "blocks.4.hook_resid_post")
+    assert (ours.cfg.model_name, ours.cfg.hook_name) == ("EleutherAI/pythia-70m-deduped", "blocks.4.hook_resid_post")
     x = inputs()
     acts = reference.encode(x)
     same(ours.encode(x), acts)

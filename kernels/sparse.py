@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import embedding_bag
@@ -47,40 +47,86 @@ class Support:
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"], Int[Tensor, "dict_size_plus_1"]]:
-        """The transpose: the order that sorts entries by latent, their rows in it, and where each latent starts."""
+        """Transpose: the order that sorts entries by latent, their rows in it, and where each latent starts."""
         latents, order = self.indices.sort(stable=True)
         starts = torch.searchsorted(latents, torch.arange(self.dict_size + 1, device=latents.device))
         return order, self.rows[order], starts
 
 
+@dataclass(frozen=True, eq=False)
 class SparseLatents:
-    """A batch of latent activations, sparse: row b holds entries offsets[b] to offsets[b + 1].
+    """The latents of a batch, as the forward pass had them.
 
-    values [nnz] may hold zeros (a kept latent that did not fire); indices [nnz] are latents; offsets [batch + 1].
-    Gradients flow through `values` and `to_dense()`.
+    With a support, pre and acts are [nnz], one entry for each latent that a row keeps; entries may be zero. Without
+    one, where so many latents fire that dense products are faster, they are [batch, dict_size]. In either case
+    values [nnz], indices [nnz] and offsets [batch + 1] are compressed sparse rows: row b holds entries offsets[b] to
+    offsets[b + 1].
+    Gradients flow through acts, values and to_dense().
     """
 
-    def __init__(self, values: Float[Tensor, "nnz"], support: Support) -> None:
-        self.values, self.support = values, support
+    pre: Float[Tensor, "*entries"]
+    acts: Float[Tensor, "*entries"]
+    support: Support | None
+    y_hats: Float[Tensor, "nested batch d_out"] | None = None
+    """What they decode to, in the normalised space: nested reconstructions, the output last."""
 
-    @classmethod
-    def from_dense(cls, dense: Float[Tensor, "batch dict_size"]) -> "SparseLatents":
-        rows, indices = dense.nonzero(as_tuple=True)
-        offsets = torch.searchsorted(rows, torch.arange(len(dense) + 1, device=dense.device))
-        return cls(dense[rows, indices], Support(indices, offsets, dense.shape[1]))
+    @cached_property
+    def _rows(self) -> tuple[Float[Tensor, "nnz"], Support]:
+        if self.support is not None:
+            return self.acts, self.support
+        rows, indices = self.acts.nonzero(as_tuple=True)
+        offsets = torch.searchsorted(rows, torch.arange(len(self.acts) + 1, device=rows.device))
+        return self.acts[rows, indices], Support(indices, offsets, self.acts.shape[1])
+
+    @property
+    def values(self) -> Float[Tensor, "nnz"]:
+        return self._rows[0]
 
     @property
     def indices(self) -> Int[Tensor, "nnz"]:
-        return self.support.indices
+        return self._rows[1].indices
 
     @property
     def offsets(self) -> Int[Tensor, "batch_plus_1"]:
-        return self.support.offsets
+        return self._rows[1].offsets
+
+    @property
+    def rows(self) -> Int[Tensor, "nnz"]:
+        """The row of every entry."""
+        return self._rows[1].rows
+
+    def __len__(self) -> int:
+        return len(self.acts) if self.support is None else len(self.support.offsets) - 1
 
     def to_dense(self) -> Float[Tensor, "batch dict_size"]:
-        batch, dict_size = len(self.offsets) - 1, self.support.dict_size
-        dense = self.values.new_zeros(batch * dict_size)
-        return dense.index_add(0, self.support.rows * dict_size + self.indices, self.values).view(batch, dict_size)
+        if self.support is None:
+            return self.acts
+        F = self.support.dict_size
+        dense = self.acts.new_zeros(len(self) * F)
+        return dense.index_add(0, self.rows * F + self.indices, self.acts).view(len(self), F)
+
+    def beside(self, per_latent: Float[Tensor, "dict_size"]) -> Float[Tensor, "*entries"]:
+        """Lay a number of each latent beside its entries: [nnz], or [dict_size] to be broadcast over dense rows."""
+        return per_latent if self.support is None else per_latent.index_select(0, self.support.indices)
+
+    def fired(self) -> Bool[Tensor, "dict_size"]:
+        """Mark the latents that are above 0 anywhere in the batch."""
+        if self.support is None:
+            return (self.acts > 0).any(dim=0)
+        counts = self.acts.new_zeros(self.support.dict_size, dtype=torch.float32)
+        return counts.index_add_(0, self.support.indices, (self.acts > 0).float()) > 0
+
+    def split(self, widths: Int[Tensor, "parts"]) -> tuple[Float[Tensor, "nnz"], Support]:
+        """Divide the latents at `widths`: row p * batch + b of the result holds those of row b in part p.
+
+        Part 0 has the latents below widths[0], part 1 the further ones below widths[1], and so on.
+        """
+        assert self.support is not None
+        part = torch.bucketize(self.support.indices, widths, right=True)
+        part, order = part.sort(stable=True)
+        rows = part * len(self) + self.rows[order]
+        offsets = torch.searchsorted(rows, torch.arange(len(widths) * len(self) + 1, device=rows.device))
+        return self.acts[order], Support(self.support.indices[order], offsets, self.support.dict_size)
 
 
 class Selection(NamedTuple):
@@ -90,16 +136,43 @@ class Selection(NamedTuple):
     support: Support
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Say whether to go the GPU's way: few large launches, and no look at data that the host would have to wait for.
+
+    The one place that decides it; tests force either way on any device.
+    """
+    return tensor.is_cuda
+
+
+class GradientMemory:
+    """Lend the memory in which a weight's last gradient was made, once until it is free again.
+
+    Fresh memory of a weight's size costs a CPU more, in page faults, than the gradient itself.
+    """
+
+    def __init__(self, **matrices: Float[Tensor, "dict_size act_size"]) -> None:
+        self._all = matrices
+        self.free()
+
+    def free(self) -> None:
+        """Take back all memory: the gradients made in it are done with."""
+        self._free = dict(self._all)
+
+    def take(self, name: str) -> Tensor | None:
+        """Lend the memory of a weight; None when it is lent already, or there is none."""
+        return self._free.pop(name, None)
+
+
 # ---- gradients ----
 
 
 class _PreActivations(torch.autograd.Function):
-    """The chosen pre-activations as a function of x, W_enc, b_enc and b_dec; their values are computed already."""
+    """Send gradients from the chosen pre-activations, whose values are known, to x, W_enc, b_enc and b_dec."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, centred: Tensor,
-        selection: Selection, memory: Tensor | None,
+        selection: Selection, memory: GradientMemory,
     ) -> Float[Tensor, "nnz"]:  # fmt: skip
         ctx.save_for_backward(centred, W_enc)
         ctx.support, ctx.memory = selection.support, memory
@@ -111,7 +184,7 @@ class _PreActivations(torch.autograd.Function):
         centred, W_enc = ctx.saved_tensors
         support: Support = ctx.support
         grad = grad.contiguous()
-        d_W_enc = _bags_by_latent(grad, support, centred, ctx.memory).t()
+        d_W_enc = _bags_by_latent(grad, support, centred, ctx.memory.take("W_enc")).t()
         d_b_enc = torch.zeros_like(W_enc[0]).index_add_(0, support.indices, grad)
         d_b_dec = -(W_enc @ d_b_enc)
         d_x = None
@@ -121,11 +194,11 @@ class _PreActivations(torch.autograd.Function):
 
 
 class _Decode(torch.autograd.Function):
-    """Bags of decoder rows, weighted by the latents."""
+    """Sum decoder rows, weighted by the latents."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, values: Tensor, W_dec: Tensor, support: Support, memory: Tensor | None
+        ctx: FunctionCtx, values: Tensor, W_dec: Tensor, support: Support, memory: GradientMemory
     ) -> Float[Tensor, "batch act_size"]:
         ctx.save_for_backward(values, W_dec)
         ctx.support, ctx.memory = support, memory
@@ -138,7 +211,9 @@ class _Decode(torch.autograd.Function):
         support: Support = ctx.support
         grad = grad.contiguous()
         d_values = _dots(grad, W_dec, support) if ctx.needs_input_grad[0] else None
-        d_W_dec = _bags_by_latent(values, support, grad, ctx.memory) if ctx.needs_input_grad[1] else None
+        d_W_dec = None
+        if ctx.needs_input_grad[1]:
+            d_W_dec = _bags_by_latent(values, support, grad, ctx.memory.take("W_dec"))
         return d_values, d_W_dec, None, None
 
 
@@ -149,30 +224,24 @@ def pre_activations(
     b_dec: Float[Tensor, "act_size"],
     centred: Float[Tensor, "batch act_size"],
     selection: Selection,
-    memory: Float[Tensor, "dict_size act_size"] | None = None,
+    memory: GradientMemory | None = None,
 ) -> Float[Tensor, "nnz"]:
-    """The pre-activations of a selection from `centred` = x - b_dec, with gradients to the first four arguments.
-
-    W_enc's gradient is written over `memory`, if given: the last gradient made there must be done with.
-    """
-    return _PreActivations.apply(x, W_enc, b_enc, b_dec, centred, selection, memory)
+    """Give the pre-activations of a selection, from `centred` = x - b_dec, gradients to the first four arguments."""
+    return _PreActivations.apply(x, W_enc, b_enc, b_dec, centred, selection, memory or GradientMemory())
 
 
 def decode(
     values: Float[Tensor, "nnz"],
     support: Support,
     W_dec: Float[Tensor, "dict_size act_size"],
-    memory: Float[Tensor, "dict_size act_size"] | None = None,
+    memory: GradientMemory | None = None,
 ) -> Float[Tensor, "batch act_size"]:
-    """Sum of decoder rows weighted by the latents, without b_dec, with gradients to values and W_dec.
-
-    W_dec's gradient is written over `memory`, if given: the last gradient made there must be done with.
-    """
-    return _Decode.apply(values, W_dec, support, memory)
+    """Sum the decoder rows of each row's latents, weighted by them, without b_dec; gradients go to values and W_dec."""
+    return _Decode.apply(values, W_dec, support, memory or GradientMemory())
 
 
 class _SplitRows(torch.autograd.Function):
-    """A matrix, and some rows of it. The rows' gradient is added to the matrix's in place, not as a second matrix."""
+    """Split some rows off a matrix; their gradient is added to the matrix's in place, not as a second matrix."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, matrix: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,35 +257,12 @@ class _SplitRows(torch.autograd.Function):
 def split_rows(
     matrix: Float[Tensor, "dict_size act_size"], chosen: Int[Tensor, "chosen"]
 ) -> tuple[Float[Tensor, "dict_size act_size"], Float[Tensor, "chosen act_size"]]:
-    """The matrix, for `pre_activations` or `decode` alone, and its chosen rows, for anything."""
+    """Return the matrix, to be used by `pre_activations` or `decode` alone, and its chosen rows, for any use."""
     return _SplitRows.apply(matrix, chosen)
 
 
-class _WithRowNorms(torch.autograd.Function):
-    """A matrix, and the norms of its rows, whose gradient is added to the matrix's in place."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        norms = matrix.norm(dim=1)
-        ctx.save_for_backward(matrix, norms)
-        return matrix.view_as(matrix), norms
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, d_matrix: Tensor, d_norms: Tensor) -> Tensor:
-        matrix, norms = ctx.saved_tensors
-        return d_matrix.addcmul_(matrix, (d_norms / norms).unsqueeze(1))
-
-
-def with_row_norms(
-    matrix: Float[Tensor, "dict_size act_size"],
-) -> tuple[Float[Tensor, "dict_size act_size"], Float[Tensor, "dict_size"]]:
-    """The matrix, for `decode` alone, and the Euclidean norms of its rows, none of which may be 0."""
-    return _WithRowNorms.apply(matrix)
-
-
 def _bags_by_row(weights: Tensor, support: Support, matrix: Float[Tensor, "dict_size act_size"]) -> Tensor:
-    """Row b: sum over its entries of weight * matrix[latent]."""
+    """Sum weight * matrix[latent] over the entries of each row."""
     return embedding_bag(
         support.indices, matrix, support.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
@@ -225,7 +271,7 @@ def _bags_by_row(weights: Tensor, support: Support, matrix: Float[Tensor, "dict_
 def _bags_by_latent(
     weights: Tensor, support: Support, matrix: Float[Tensor, "batch act_size"], memory: Tensor | None
 ) -> Float[Tensor, "dict_size act_size"]:
-    """Row j: sum over the entries of latent j of weight * matrix[row]. In `memory`, if given."""
+    """Sum weight * matrix[row] over the entries of each latent, in `memory` if given."""
     order, rows, starts = support.by_latent
     weights = weights[order]
 
@@ -246,7 +292,7 @@ def _bags_by_latent(
 def _dots(
     rows: Float[Tensor, "batch act_size"], matrix: Float[Tensor, "dict_size act_size"], support: Support
 ) -> Tensor:
-    """For every entry: rows[row] . matrix[latent]."""
+    """Multiply rows[row] . matrix[latent] for every entry."""
     pattern = torch.sparse_csr_tensor(
         support.offsets,
         support.indices,

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse import Selection, Support
+from kernels import sparse
+from kernels.sparse import Selection, Support
 
 # A chunk of pre-activations that stays in a CPU's cache makes the product itself faster; a GPU wants few launches.
 CPU_CHUNK_ROWS, CPU_CHUNK_LATENTS = 2048, 3072
@@ -40,7 +41,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, slice, Float[Tensor, "rows latents"]]]:
     """x W_enc + b_enc (or without it) in x's dtype, a block at a time, with its rows and latents, in one buffer."""
     batch, dict_size = len(x), W_enc.shape[1]
-    if x.is_cuda:
+    if sparse.on_gpu(x):
         rows, latents = batch, min(dict_size, max(1024, GPU_CHUNK_ELEMENTS // batch))
     else:
         rows, latents = min(batch, CPU_CHUNK_ROWS), min(dict_size, CPU_CHUNK_LATENTS)
@@ -67,7 +68,7 @@ def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection:
     too few do (they are counted) are chosen directly.
     """
     dict_size = W_enc.shape[1]
-    candidates = None if x.is_cuda else _candidates(x, W_enc, b_enc, k)
+    candidates = None if sparse.on_gpu(x) else _candidates(x, W_enc, b_enc, k)
     if candidates is None:
         values, indices = _topk_directly(x, W_enc, b_enc, k)
     else:
@@ -158,7 +159,7 @@ def above(
     That is where more than `max_density` are, by a sample of rows in the first block of latents, and on a GPU always:
     how many are found is data there, which the host would have to wait for.
     """
-    if x.is_cuda:
+    if sparse.on_gpu(x):
         return None
     cut = floor - b_enc  # so that the bias, a pass over every block, is added to the entries alone
     _, block, product = next(_chunks(_sample(x), W_enc, None))
@@ -169,15 +170,24 @@ def above(
     return Selection(product + b_enc[support.indices], support)
 
 
+def rank_in_group(
+    order: Int[Tensor, "nnz"], groups: Int[Tensor, "nnz"], starts: Int[Tensor, "groups"]
+) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
+    """Take entries group by group, each group's in the given order, and number every entry within its group.
+
+    starts: how many entries earlier groups have.
+    """
+    groups, by_group = groups[order].sort(stable=True)
+    return order[by_group], torch.arange(len(order), device=order.device) - starts[groups]
+
+
 def at_most(selection: Selection, k: int) -> Selection:
-    """The k largest pre-activations of each row's, where it has more."""
+    """Keep the k largest pre-activations of each row that has more."""
     pre, support = selection
     counts = support.offsets.diff()
     if counts.max() <= k:
         return selection
-    order = pre.sort(descending=True).indices
-    order = order[support.rows[order].sort(stable=True).indices]  # row after row, the largest first
-    rank = torch.arange(len(pre), device=pre.device) - support.offsets[support.rows]
+    order, rank = rank_in_group(pre.sort(descending=True).indices, support.rows, support.offsets)
     kept = order[rank < k]
     offsets = torch.cat([support.offsets[:1], counts.clamp_max(k).cumsum(0)])
     return Selection(pre[kept], Support(support.indices[kept], offsets, support.dict_size))
@@ -191,8 +201,8 @@ def batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, guess: Float[Tens
     are the entries above it, and where these turn out too few it is lowered and the batch scanned again.
     """
     wanted = k * len(x)
-    if x.is_cuda:
-        return _batchtopk_cuda(x, W_enc, b_enc, wanted)
+    if sparse.on_gpu(x):
+        return _batchtopk_on_gpu(x, W_enc, b_enc, wanted)
     floor = max(guess.item(), 0.0) or _smallest_kept_in_sample(x, W_enc, b_enc, k)
     while True:
         candidates = above(x, W_enc, b_enc, torch.full_like(b_enc, floor), max_density=1.0)
@@ -216,7 +226,7 @@ def _smallest_kept_in_sample(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) ->
     return max(0.0, 0.9 * pre.flatten().topk(k * len(sample)).values[-1].item())
 
 
-def _batchtopk_cuda(x: Tensor, W_enc: Tensor, b_enc: Tensor, wanted: int) -> Selection:
+def _batchtopk_on_gpu(x: Tensor, W_enc: Tensor, b_enc: Tensor, wanted: int) -> Selection:
     """The same without waiting for the device: exactly `wanted` entries, of which the non-positive ones do not fire."""
     values = x.new_empty(0)
     keys = torch.empty(0, dtype=torch.int64, device=x.device)  # row * dict_size + latent

@@ -1,0 +1,32 @@
+"""Compare a dictionary's latents with each other."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+COMPARED = 1 << 26  # cosines at a time: 256 MB
+
+
+@torch.no_grad()
+def nearest_latents(
+    W_dec: Float[Tensor, "dict_size act_size"], latents: Int[Tensor, "latents"], count: int
+) -> tuple[Int[Tensor, "latents count"], Float[Tensor, "latents count"]]:
+    """Find the `count` latents whose decoder rows have the largest cosines with those of `latents`, and the cosines.
+
+    A latent is not its own neighbour; where there are no more than `count` others, all of them.
+    """
+    rows = F.normalize(W_dec, dim=1)  # a row of zeros, which other libraries' SAEs may have, stays one
+    found = []
+    for some in latents.split(max(1, COMPARED // len(rows))):
+        cosines = rows[some] @ rows.t()
+        cosines[torch.arange(len(some)), some] = -torch.inf
+        found.append(cosines.topk(min(count, len(rows) - 1)))
+    return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
+
+
+@torch.no_grad()
+def nearest_cosines(W_dec: Float[Tensor, "dict_size act_size"], at_most: int = 4096) -> Float[Tensor, "latents"]:
+    """Compute the cosine of decoder rows with the row nearest to each, for `at_most` rows, evenly spaced."""
+    spaced = torch.linspace(0, len(W_dec) - 1, min(at_most, len(W_dec)), dtype=torch.float64, device=W_dec.device)
+    return nearest_latents(W_dec, spaced.round().long(), 1)[1].flatten()

@@ -1,0 +1,1 @@
+"""The checkpoints of other libraries, and the Hugging Face Hub."""

@@ -1,0 +1,108 @@
+"""Push SAEs to the Hugging Face Hub, with a card that describes them, and load them again.
+
+A repository holds a folder for each SAE: its checkpoint, which SAELens opens as it is, and its card, README.md.
+The card of the SAE pushed last also lies at the top, where the Hub shows it.
+The address and the token are huggingface_hub's: HF_ENDPOINT, and `hf auth login` or HF_TOKEN.
+"""
+
+import copy
+import glob
+import math
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+
+from checkpoint import save_checkpoint
+from config import HINTS, Config
+from interop.pretrained import load_pretrained, repo_and_folder
+from results import load_results
+from runtime.checks import explained, require
+from sae import BaseAutoencoder
+
+
+def push_to_hub(
+    sae: BaseAutoencoder,
+    repo_id: str,
+    *,
+    sweep: str | Path | None = None,
+    folder: str | None = None,
+    private: bool = False,
+) -> str:
+    """Put the SAE into the Hub's repository "user/repo", made if there is none, in one commit; return its address.
+
+    sweep: the folder of the sweep that trained it, such as runs/tiny-20261123-183000-417205, to have its metrics on
+    the card. folder: where it lies in the repository; under its name when not given.
+    Where its Config names folders and files of this machine, only their last names are published.
+    Raises ValueError, one line, when the SAE is not of the sweep or the Hub refuses.
+    """
+    public = copy.copy(sae)
+    public.cfg = _public(sae.cfg)
+    folder = public.cfg.name if folder is None else folder
+    repo_and_folder(f"{repo_id}:{folder}")
+    card = model_card(sae, repo_id, folder, sweep)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        save_checkpoint(public, root / folder)
+        for place in (root, root / folder):
+            (place / "README.md").write_text(card)
+        remedy = "it takes a network, and `hf auth login` with a token that may write"
+        with explained(f"{repo_id}: not pushed to the Hub", Exception, remedy=remedy):
+            api = HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=root, commit_message=f"SAE {folder}")
+    return f"{api.endpoint}/{repo_id}/tree/main/{folder}"
+
+
+def from_pretrained(repo_id: str, folder: str | None = None, device: str | torch.device = "cpu") -> BaseAutoencoder:
+    """Load what `push_to_hub` put into "user/repo"; without `folder`, what lies at its top level."""
+    return load_pretrained(repo_id if folder is None else f"{repo_id}:{folder}", device)
+
+
+def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: str | Path | None = None) -> str:
+    """Write in Markdown what the SAE is, how to load it, its metrics in `sweep` and its Config.
+
+    Raises ValueError when the sweep's folder does not hold the SAE, or holds it more than once.
+    """
+    cfg = _public(sae.cfg)
+    parts = [
+        "---\nlibrary_name: saelens\ntags:\n- sparse-autoencoder\n- nn-decompositions\n---",
+        f"# {cfg.name}",
+        f"A {cfg.type.label} sparse autoencoder: {cfg.dict_size} latents of the {cfg.act_size} activations at"
+        f" `{cfg.hook_name}` of `{cfg.model_name}`.",
+        "## Load it",
+        f'```python\nfrom sae_lens import SAE  # SAELens\n\nsae = SAE.from_pretrained("{repo_id}", "{folder}")\n```',
+        "```python\nfrom interop.hub import from_pretrained  # NN Decompositions\n\n"
+        f'sae = from_pretrained("{repo_id}", "{folder}")\n```',
+    ]
+    if sweep is not None:
+        runs = load_results(sweep)
+        rows = runs[runs["name"] == sae.cfg.name].to_dict("records")
+        found = f"sweep = {str(sweep)!r}: holds {len(rows)} runs named {sae.cfg.name}"
+        require(len(rows) == 1, f"{found}; give the folder of the sweep that trained it")
+        numbers = {name: x for name, x in rows[0].items() if name not in HINTS and isinstance(x, float)}
+        metrics = {name: f"{x:.6g}" for name, x in numbers.items() if not math.isnan(x)}
+        progress = f"{rows[0]['step']:,} steps, {rows[0]['tokens']:,} tokens"
+        told = [f"After {progress}; cross-entropies (ce) in nats per token.", _table("metric", metrics)]
+        parts += ["## On held-out text", *(told if metrics else ["Not evaluated yet."])]
+    fields = {name: f"`{x}`" for name, x in cfg.to_dict().items() if name not in ("device", "output_dir")}
+    return "\n\n".join([*parts, "## Config", _table("field", fields)]) + "\n"
+
+
+def _table(title: str, values: dict[str, str]) -> str:
+    rows = [(title, "value"), ("---", "---"), *((name, value.replace("|", "\\|")) for name, value in values.items())]
+    return "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _public(cfg: Config) -> Config:
+    """Keep only the last name of a local model and of local texts, and nothing else of this machine."""
+    names = {field: getattr(cfg, field) for field in ("model_name", "dataset_path")}
+    local = {
+        field: Path(os.path.abspath(os.path.expanduser(name))).name or "root"
+        for field, name in names.items()
+        if name.startswith(("/", "~", ".")) or glob.has_magic(name) or Path(name).exists()
+    }
+    return replace(cfg, output_dir=Config.output_dir, device=Config.device, **local)

@@ -1,0 +1,330 @@
+"""Open the checkpoints of other libraries as SAEs of ours, from a folder or the Hugging Face Hub.
+
+    written by           files                               opened as
+    this library         cfg.json, sae_weights.safetensors   what it was; SAELens opens it too
+    SAELens              cfg.json, sae_weights.safetensors   vanilla (standard), topk, jumprelu; batchtopk in training
+    Gemma Scope          params.npz                          jumprelu
+    dictionary_learning  config.json, ae.pt                  vanilla, topk, batchtopk (matryoshka too), jumprelu
+    sparsify             cfg.json, sae.safetensors           topk
+
+Where a convention differs from ours it is folded into the weights, so that encode, decode and forward in evaluation
+mode are those of the library that wrote them:
+
+    inputs are multiplied by s, outputs divided            W_enc s,  W_dec / s,  b_dec / s
+    latents in units of n_j, the norm of decoder row j     W_enc_j n_j,  b_enc_j n_j,  W_dec_j / n_j
+    b_dec is not subtracted from the input                 b_enc + b_dec W_enc
+    a threshold below 0, with a ReLU                       0
+
+What cannot be folded is refused by name. The rows of W_dec keep the norms they have.
+"""
+
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor
+from transformer_lens.supported_models import MODEL_ALIASES
+
+from checkpoint import CFG, COUNTERS, WEIGHTS, load_checkpoint, read_json
+from config import SITES, TYPES, Config
+from runtime.checks import explained, require
+from sae import SAE_TYPES, BaseAutoencoder
+
+NPZ, AE, AE_CONFIG, SPARSIFY, SCALER = "params.npz", "ae.pt", "config.json", "sae.safetensors", "activation_scaler.json"
+FILES = (CFG, WEIGHTS, COUNTERS, NPZ, AE, AE_CONFIG, SPARSIFY, SCALER)
+SAE_LENS_TYPES = {"standard": "vanilla", "topk": "topk", "jumprelu": "jumprelu", "batchtopk": "batchtopk"}
+SCALED = "expected_average_only_in"  # SAELens' name of inputs multiplied by one number
+DICT_CLASSES = {  # of dictionary_learning
+    "AutoEncoder": "vanilla", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk",
+    "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu",
+}  # fmt: skip
+GEMMA_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "z"}
+SPARSIFY_SITES = {  # module within a block -> site
+    "": "resid_post", ".mlp": "mlp_out", ".attn": "attn_out", ".self_attn": "attn_out", ".attention": "attn_out",
+}  # fmt: skip
+ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.+-]+(/[\w.+-]+)*))?")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CHUNK = 4096  # latents at a time in float64
+
+
+def load_pretrained(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    model_name: str | None = None,
+    hook_name: str | None = None,
+) -> BaseAutoencoder:
+    """Load the SAE in a folder, or on the Hub, as one of our classes, in evaluation mode on `device`, in float32.
+
+    source: a folder in one of the formats above, "user/repo", or "user/repo:folder/in/it".
+    model_name, hook_name (such as "blocks.8.hook_resid_pre"): where the files do not say, or say it wrongly.
+    Our own checkpoints come back in their class, numbers and Config, as from `load_checkpoint`. For the others, Config
+    has what their files say: the model, the hook, the sizes, k; what concerns training is our defaults.
+    Raises ValueError, one line, when there is no SAE, it cannot be represented here, or its files are damaged or
+    forged: no code in them is run, and sizes, formats and finiteness are checked.
+    """
+    folder = Path(source) if Path(source).is_dir() else _download(str(source))
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if {CFG, WEIGHTS} <= held and "nn_decompositions" in read_json(folder / CFG):
+        sae = load_checkpoint(folder, device)
+        place = _layer_and_site(hook_name or sae.cfg.hook_name)
+        sae.cfg = replace(sae.cfg, model_name=model_name or sae.cfg.model_name, **place)
+        return sae
+
+    formats = {
+        (CFG, WEIGHTS): _from_sae_lens, (NPZ,): _from_gemma_scope,
+        (AE_CONFIG, AE): _from_dictionary_learning, (CFG, SPARSIFY): _from_sparsify,
+    }  # fmt: skip
+    readers = [read for files, read in formats.items() if held.issuperset(files)]
+    wanted = ", or ".join(" with ".join(files) for files in formats)
+    require(readers, f"{source}: holds no SAE ({wanted}); give the folder that does, of the Hub as user/repo:folder")
+    fields, tensors = readers[0](folder)
+    fields |= {"model_name": model_name or fields["model_name"], "hook_name": hook_name or fields["hook_name"]}
+    for field in ("model_name", "hook_name"):
+        unsaid = f"{source}: does not say its {field}; give load_pretrained(..., {field}=...)"
+        require(isinstance(fields[field], str), unsaid)
+    fields |= _layer_and_site(fields.pop("hook_name"))
+    sizes = dict(zip(("act_size", "dict_size"), tensors["W_enc"].shape))
+    with explained(f"{source}: cannot be opened here", ValueError):
+        cfg = Config(**{"input_unit_norm": False} | fields | sizes, device=str(device))
+    sae = SAE_TYPES[cfg.sae_type](cfg)
+    initialised = {"input_scale": torch.ones(())}  # training must not start it anew
+    sae.load_state_dict(sae.state_dict() | initialised | tensors)
+    return sae.to(device).eval()
+
+
+# ---- formats: each gives fields of Config, with hook_name in place of layer and site, and tensors by our names ----
+
+
+def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `SAE.save_model` of SAELens wrote. Before its version 6, cfg.json was flat, with other names."""
+    file = folder / CFG
+    cfg = read_json(file)
+    metadata = cfg | cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
+    activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
+    architecture, k = cfg.get("architecture", "standard"), cfg.get("k")
+    if activation == "topk":
+        kwargs = cfg.get("activation_fn_kwargs")
+        architecture, k = "topk", kwargs.get("k") if isinstance(kwargs, dict) else None
+    _check(file, "architecture", architecture, SAE_LENS_TYPES)
+    _check(file, "activation_fn", activation, ("relu", "topk"))
+    head = metadata.get("hook_head_index", metadata.get("hook_point_head_index"))
+    _check(file, "hook_head_index", head, (None,))
+    norm = cfg.get("normalize_activations") or "none"
+    norm = SCALED if norm is True else norm
+    _check(file, "normalize_activations", norm, ("none", "layer_norm", SCALED))
+    in_norms, subtracted = cfg.get("rescale_acts_by_decoder_norm", False), cfg.get("apply_b_dec_to_input", True)
+    _check(file, "rescale_acts_by_decoder_norm", in_norms, (True, False) if "topk" in architecture else (False,))
+    _check(file, "apply_b_dec_to_input", subtracted, (True, False))
+    if processing := metadata.get("model_from_pretrained_kwargs"):
+        warnings.warn(f"{file}: of a model loaded with {processing}; load_model gives raw weights", stacklevel=3)
+    elif metadata is cfg:
+        centred = "the model may have had center_writing_weights, which files of its time do not say"
+        warnings.warn(f"{file}: from before SAELens 6: {centred}; load_model gives raw weights", stacklevel=3)
+
+    found = _read_tensors(folder / WEIGHTS, {"topk_threshold": "threshold"})
+    unscaled = (found.pop("scaling_factor", torch.ones(())) == 1).all()
+    require(unscaled, f"{folder / WEIGHTS}: scaling_factor is not 1; latents scaled by finetuning are not opened")
+    tensors = _checked(folder / WEIGHTS, found, SAE_LENS_TYPES[architecture], cfg.get("d_in"), cfg.get("d_sae"))
+    scale = _scaling_factor(folder) if norm == SCALED else 1.0
+    # TransformerLens, and so SAELens, has names of its own, such as "gpt2-small".
+    model = metadata.get("model_name")
+    fields = {
+        "sae_type": SAE_LENS_TYPES[architecture],
+        "model_name": next((name for name, aliases in MODEL_ALIASES.items() if model in aliases), model),
+        "hook_name": metadata.get("hook_name", metadata.get("hook_point")),
+        "input_unit_norm": norm == "layer_norm",
+        "seq_len": metadata.get("context_size") or Config.seq_len,
+        "dataset_path": metadata.get("dataset_path") or Config.dataset_path,
+    }
+    return fields | _top_k(fields["sae_type"], k), _folded(tensors, scale, in_norms, subtracted)
+
+
+def _scaling_factor(folder: Path) -> float:
+    """Read the factor of the inputs in training (Conerly et al. 2024), which SAELens saves beside its checkpoints."""
+    file = folder / SCALER
+    scale = read_json(file).get("scaling_factor") if file.is_file() else None
+    problem = f"{folder / CFG}: normalize_activations = {SCALED!r}, and {SCALER} holds no scaling_factor"
+    require(isinstance(scale, float) and 0 < scale < float("inf"), f"{problem}; write that of its training there")
+    return scale
+
+
+def _from_gemma_scope(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read an SAE of Gemma Scope (arXiv:2408.05147). The names of its repository and folders say model and hook."""
+    file, path = folder / NPZ, f"{folder.absolute()}/"
+    require(not re.search(r"/[^/ ]*transcoders?/", path), f"{file}: a transcoder; SAEs alone are opened here")
+    found = _read_tensors(file)
+    W_enc = found.get("W_enc", torch.empty(0))
+    tensors = _checked(file, found, "jumprelu", *(W_enc.shape if W_enc.ndim == 2 else (0, 0)))
+    fields: dict[str, Any] = {"sae_type": "jumprelu", "model_name": None, "hook_name": None}
+    if place := re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)\b.*/layer_(\d+)/", path):
+        size, tuned, site, layer = place.groups()
+        fields["model_name"] = f"google/gemma-2-{size}{'-it' * (tuned == 'it')}"
+        fields["hook_name"] = f"blocks.{layer}.{SITES[GEMMA_SITES[site]]}"
+    return fields, _folded(tensors, subtracted=False)
+
+
+def _from_dictionary_learning(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what dictionary_learning saved, as its `load_dictionary` does, which gives an AutoEncoder unit rows."""
+    file = folder / AE_CONFIG
+    trainer = read_json(file).get("trainer")
+    trainer = trainer if isinstance(trainer, dict) else {}
+    dict_class = trainer.get("dict_class")
+    _check(file, "dict_class", dict_class, DICT_CLASSES)
+    sae_type = DICT_CLASSES[dict_class]
+    names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "bias": "b_dec"}
+    found = _read_tensors(folder / AE, names, transposed=("encoder.weight", "decoder.weight"))
+    for unused in ("k", "group_sizes", *(("threshold",) if sae_type == "topk" else ())):
+        found.pop(unused, None)
+    tensors = _checked(folder / AE, found, sae_type, trainer.get("activation_dim"), trainer.get("dict_size"))
+    submodule = re.fullmatch(r"(\w+)_layer_(\d+)", str(trainer.get("submodule_name") or "resid_post_layer_0"))
+    site = SITES.get(submodule[1]) if submodule else None
+    hook_name = f"blocks.{trainer.get('layer')}.{site}" if site else None
+    fields = {"sae_type": sae_type, "model_name": trainer.get("lm_name"), "hook_name": hook_name}
+    in_norms, subtracted = dict_class == "AutoEncoder", dict_class != "JumpReluAutoEncoder"
+    return fields | _top_k(sae_type, trainer.get("k")), _folded(tensors, 1.0, in_norms, subtracted)
+
+
+def _from_sparsify(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `SparseCoder.save_to_disk` of sparsify wrote.
+
+    The folder's name is the module, as in "layers.5.mlp"; config.json beside the folder names the model.
+    """
+    file, run = folder / CFG, folder.parent / AE_CONFIG
+    cfg = read_json(file)
+    _check(file, "activation", cfg.get("activation", "topk"), ("topk",))
+    for option in ("transcode", "skip_connection", "multi_topk", "signed"):
+        _check(file, option, cfg.get(option, False), (False,))
+    D, F, factor = cfg.get("d_in"), cfg.get("num_latents"), cfg.get("expansion_factor")
+    if not F and isinstance(D, int) and isinstance(factor, int):
+        F = D * factor
+    names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
+    found = _read_tensors(folder / SPARSIFY, names, transposed=("encoder.weight",))
+    module = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.\w+)?", folder.name)
+    site = SPARSIFY_SITES.get(module[2] or "") if module else None
+    fields = {
+        "sae_type": "topk",
+        "model_name": read_json(run).get("model") if run.is_file() else None,
+        "hook_name": f"blocks.{module[1]}.{SITES[site]}" if site else None,
+        "top_k": cfg.get("k"),
+    }
+    return fields, _checked(folder / SPARSIFY, found, "topk", D, F)
+
+
+def _folded(
+    tensors: dict[str, Tensor], scale: float = 1.0, in_norms: bool = False, subtracted: bool = True
+) -> dict[str, Tensor]:
+    """Fold the conventions of another library into the weights, as the table at the top of this file says.
+
+    scale: by which it multiplies inputs. in_norms: whether its latents are in units of the decoder's norms, as its
+    thresholds then already are. subtracted: whether it takes b_dec from the input.
+    """
+    folded = tensors | {"W_enc": tensors["W_enc"] * scale}
+    in_outputs = ("W_dec", "b_dec", "threshold") if in_norms and "threshold" in tensors else ("W_dec", "b_dec")
+    folded |= {name: tensors[name] / scale for name in in_outputs}
+    if in_norms:
+        norms = folded["W_dec"].norm(dim=1).clamp_min(1e-8)
+        folded |= {name: folded[name] * norms for name in ("W_enc", "b_enc")}
+        folded["W_dec"] = folded["W_dec"] / norms.unsqueeze(1)
+    if not subtracted:
+        b_dec = folded["b_dec"].double()
+        shift = torch.cat([b_dec @ block.double() for block in folded["W_enc"].split(CHUNK, dim=1)])
+        folded["b_enc"] = (folded["b_enc"].double() + shift).float()
+    return folded
+
+
+def _top_k(sae_type: str, k: object) -> dict[str, Any]:
+    return {"top_k": k} if "top_k" in TYPES[sae_type].fields else {}
+
+
+def _layer_and_site(hook_name: str) -> dict[str, Any]:
+    sites = {hook: site for site, hook in SITES.items()}
+    match = re.fullmatch(r"blocks\.([0-9]{1,4})\.(.+)", hook_name)
+    known = match is not None and match[2] in sites
+    require(known, f"hook_name = {hook_name!r}: no site of Config; give blocks.<layer>.{', '.join(sites)}")
+    return {"layer": int(match[1]), "site": sites[match[2]]}
+
+
+# ---- files, which anybody may have written ----
+
+
+def _download(source: str) -> Path:
+    """Fetch FILES of "user/repo" or "user/repo:folder" from the Hub, with what names their model, into its cache."""
+    repo, folder = repo_and_folder(source)
+    wanted = [AE_CONFIG, *(f"{folder}/{name}".lstrip("/") for name in FILES)]
+    with explained(f"{source}: no such folder, and not loaded from the Hub", Exception):
+        return Path(snapshot_download(repo, allow_patterns=wanted)) / folder
+
+
+def repo_and_folder(source: str) -> tuple[str, str]:
+    """Split "user/repo:folder"; the folder of "user/repo" is "". Raises ValueError when it is neither."""
+    match = ON_HUB.fullmatch(source)
+    names = match is not None and ".." not in re.split("[/:]", source)
+    require(names, f"{source}: no such folder; give a folder, or user/repo or user/repo:folder of the Hub")
+    return match["repo"], match["folder"] or ""
+
+
+def _check(file: Path, field: str, value: object, allowed: Iterable[object]) -> None:
+    known = any(value is one or (isinstance(value, str) and value == one) for one in allowed)
+    require(known, f"{file}: {field} = {value!r:.80}: not opened here; can be {', '.join(map(repr, allowed))}")
+
+
+def _read_tensors(file: Path, names: Mapping[str, str] = {}, transposed: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Read a .safetensors, .npz or .pt, running no code in it and taking no memory that the file does not fill.
+
+    names: ours, by the file's. transposed: those, by the file's names, that have rows where ours have columns.
+    """
+    size = file.stat().st_size
+    if file.suffix != ".safetensors":
+        with explained(f"{file}: not a whole zip archive", Exception), zipfile.ZipFile(file) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        require(unpacked <= size, f"{file}: compressed, or forged: {unpacked:,} bytes unpacked; write it uncompressed")
+    with explained(f"{file}: not readable as tensors alone", Exception):
+        if file.suffix == ".safetensors":
+            found = load_file(file)
+        elif file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as arrays:
+                found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    values = found.values() if isinstance(found, dict) else [found]
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.is_cpu for t in values)
+    named = plain and isinstance(found, dict) and all(isinstance(name, str) for name in found)
+    require(named, f"{file}: holds more than named tensors; give the file that its library saves")
+    filled = sum(tensor.numel() * tensor.itemsize for tensor in values) <= size
+    require(filled, f"{file}: its tensors say that they are larger than the file; it is forged")
+    found = {name: t.detach().t() if name in transposed and t.ndim == 2 else t.detach() for name, t in found.items()}
+    return {names.get(name, name): tensor for name, tensor in found.items()}
+
+
+def _checked(
+    file: Path, tensors: dict[str, Tensor], sae_type: str, act_size: object, dict_size: object
+) -> dict[str, Tensor]:
+    """Return the tensors in float32, once they are those of the type, as large as is said, and finite.
+
+    Thresholds below 0, which all formats have behind a ReLU, become 0.
+    """
+    D, F = act_size, dict_size
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    shapes |= {"jumprelu": {"threshold": (F,)}, "batchtopk": {"threshold": ()}}.get(sae_type, {})
+    theirs = tensors.keys() == shapes.keys()
+    require(theirs, f"{file}: holds {sorted(tensors)[:9]}; a {sae_type} SAE has {sorted(shapes)}")
+    checked = {}
+    for name, shape in shapes.items():
+        tensor, says = tensors[name], f"{list(shape)} of floating-point numbers"
+        fits = tensor.dtype in FLOATS and tuple(tensor.shape) == shape
+        require(fits, f"{file}: {name} is {list(tensor.shape)} of {tensor.dtype}, should be {says}")
+        checked[name] = tensor.float()
+        finite = tensor.numel() and torch.stack(checked[name].aminmax()).isfinite().all()
+        require(finite, f"{file}: {name} is empty or has numbers that are not finite; get the file again")
+    if "threshold" in checked:
+        checked["threshold"] = checked["threshold"].clamp_min(0)
+    return checked

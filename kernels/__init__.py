@@ -1,0 +1,1 @@
+"""The sparse code's arithmetic: which latents can fire, and what decoding them and their gradients cost."""

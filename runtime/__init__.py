@@ -1,0 +1,1 @@
+"""What surrounds a run: its command line, its processes, its files."""

@@ -1,0 +1,132 @@
+"""Read data sets as documents. A data set is a Hub name or local files, which `datasets` streams.
+
+Its rows are documents, of text or of tokens. One document in ten is held out for evaluation, chosen by a hash that no
+seed and no machine changes.
+"""
+
+import glob
+import hashlib
+import logging
+import os
+import sysconfig
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import datasets
+from datasets import IterableDataset
+
+from runtime.checks import explained, require
+
+STDLIB = "python-stdlib"
+TEXT_COLUMNS = ("text", "content")
+TOKEN_COLUMNS = ("tokens", "input_ids")
+BUILDERS = {".jsonl": "json", ".parquet": "parquet"}  # of `datasets`
+LOCAL_SUFFIXES = (".py", ".txt", *BUILDERS)
+LINES_PER_DOCUMENT = 128  # of a .txt file, which may be one huge corpus
+HEAD = 8192  # bytes of a file that show whether it is binary
+
+# `datasets` warns that its state lacks the shuffle buffer; ours holds one document, and is empty between two.
+logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # they log an error and then raise it
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 s after each pass over a file; our exit waits for no thread
+
+
+def is_held_out(key: str) -> bool:
+    """Decide whether the document with this key (its path or its content) is in the tenth kept for evaluation."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) % 10 == 0
+
+
+def local_files(dataset_path: str) -> list[Path]:
+    """List, sorted, the files that `dataset_path` names as a file, a folder or a glob; none if it is a Hub name.
+
+    Raises: ValueError when a local path is meant but matches no file, files of several kinds, only empty files, or a
+    file that may not be read or is not of the kind that its name says.
+    """
+    if dataset_path == STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts)
+    said, allowed = f"dataset_path = {dataset_path!r}:", ", ".join(LOCAL_SUFFIXES)
+    path = Path(dataset_path).expanduser()
+    exists, is_folder = path.exists(), path.is_dir()
+    pattern = (glob.escape(str(path)) if exists else str(path)) + ("/**/*" if is_folder else "")
+    files = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+    if is_folder:
+        files = [p for p in files if p.suffix in LOCAL_SUFFIXES]
+    is_local = exists or path.suffix in LOCAL_SUFFIXES or glob.has_magic(dataset_path) or path.is_absolute()
+    missing = f"no file of {allowed} in that folder" if is_folder else "no such file"
+    require(files or not (is_local or dataset_path.startswith(".")), f"{said} {missing}; check the path or the glob")
+    suffixes = {p.suffix for p in files}
+    found = ", ".join(suffix or "a name without a suffix" for suffix in sorted(suffixes))
+    one_kind = len(suffixes) <= 1 and suffixes <= set(LOCAL_SUFFIXES)
+    require(one_kind, f"{said} found {found}; give files of one of {allowed}")
+    has_content = any(p.stat().st_size for p in files)
+    require(not files or has_content, f"{said} every file is empty; give files with text or tokens")
+    for file in files:
+        require(os.access(file, os.R_OK), f"{said} you may not read {file}; change its permissions")
+        with file.open("rb") as content:
+            head = content.read(HEAD)
+        if file.suffix == ".parquet":
+            require(head.startswith(b"PAR1"), f"{said} {file} is not parquet; give the file whole or leave it out")
+        else:
+            require(b"\0" not in head, f"{said} {file} is binary, it has NUL bytes; give text in UTF-8")
+    return files
+
+
+def load_documents(
+    dataset_path: str, dataset_name: str | None = None, *, held_out: bool, seed: int = 0
+) -> IterableDataset:
+    """Stream the training or the held-out documents of a data set, its files in an order set by `seed` and the epoch.
+
+    A source file (.py) is one document, held out by its path within the folder that all of them share. Every other row
+    (128 lines of a .txt file, a row of .jsonl, .parquet or the Hub) is held out by its content.
+
+    Returns: a data set with one column, "text" (str) or "tokens" (list of int).
+    Raises: ValueError when the data cannot be read or has no column of text or tokens, OSError when it is out of reach.
+    """
+    said, files = f"dataset_path = {dataset_path!r}:", local_files(dataset_path)
+    names, suffix = [str(p) for p in files], files[0].suffix if files else None
+    if suffix == ".py":
+        root = (
+            sysconfig.get_paths()["stdlib"] if dataset_path == STDLIB else os.path.commonpath(p.parent for p in files)
+        )
+        names = [str(p) for p in files if is_held_out(p.relative_to(root).as_posix()) == held_out]
+        part = "held-out" if held_out else "training"
+        require(names, f"{said} {len(files)} files leave none for the {part} part; add files")
+    kind = "text"
+    if suffix in (".py", ".txt"):
+        dataset = IterableDataset.from_generator(_file_documents, gen_kwargs={"files": names})
+    else:
+        with (
+            explained(f"{said} cannot be reached", OSError, remedy="give other data, or try again", raised=OSError),
+            explained(f"{said} cannot be read", ValueError, remedy="give other data"),
+        ):
+            dataset = datasets.load_dataset(
+                BUILDERS.get(suffix, dataset_path),
+                None if files else dataset_name,
+                data_files=[glob.escape(name) for name in names] or None,  # `datasets` takes file names for globs
+                split="train",
+                streaming=True,
+            )
+            columns = dataset.column_names or list(next(iter(dataset), {}))
+        found, known = ", ".join(columns) or "none", ", ".join((*TEXT_COLUMNS, *TOKEN_COLUMNS))
+        column = next((c for c in (*TOKEN_COLUMNS, *TEXT_COLUMNS) if c in columns), None)
+        require(column, f"{said} no column of text or tokens among {found}; name one of them {known}")
+        kind = "tokens" if column in TOKEN_COLUMNS else "text"
+        dataset = dataset.select_columns([column])
+        dataset = dataset if column == kind else dataset.rename_column(column, kind)
+    if suffix != ".py":
+        dataset = dataset.filter(lambda row: row[kind] is not None and is_held_out(str(row[kind])) == held_out)
+    return dataset.shuffle(seed=seed, buffer_size=1)
+
+
+def _file_documents(files: list[str]) -> Iterator[dict[str, str]]:
+    """Read each .py file as a document, and each 128 lines of a .txt file; no document spans two files."""
+    for file in files:
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            if file.endswith(".py"):
+                yield {"text": lines.read()}
+            else:
+                while document := "".join(islice(lines, LINES_PER_DOCUMENT)):
+                    yield {"text": document}

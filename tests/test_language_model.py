@@ -1,0 +1,182 @@
+"""language_model.py: recording and replacing against Hugging Face's own modules, and which models are refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from config import SITES, Config
+from language_model import check_model, load_model, ordinary_positions, record, replacing
+
+HOOKS = [f"blocks.{layer}.{hook}" for layer in (0, 1) for hook in SITES.values()]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_gpt2: Path) -> TransformerBridge:
+    return load_model(Config(model_name=str(tiny_gpt2), layer=1, device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def hugging_face(tiny_gpt2: Path) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel.from_pretrained(tiny_gpt2).eval()
+
+
+@torch.no_grad()
+def seen_by_hugging_face(hf: GPT2LMHeadModel, tokens: Tensor) -> dict[str, Tensor]:
+    """The activations at every hook, and the logits, by forward hooks on the modules of transformers."""
+    seen: dict[str, Tensor] = {}
+
+    def entering(module: torch.nn.Module, hook: str) -> None:
+        module.register_forward_pre_hook(lambda m, args: seen.update({hook: args[0]}))
+
+    def leaving(module: torch.nn.Module, hook: str) -> None:
+        module.register_forward_hook(lambda m, args, out: seen.update({hook: out[0] if type(out) is tuple else out}))
+
+    for layer, block in enumerate(hf.transformer.h):
+        hooks = {site: f"blocks.{layer}.{hook}" for site, hook in SITES.items()}
+        entering(block, hooks["resid_pre"])
+        entering(block.attn.c_proj, hooks["z"])
+        leaving(block.attn, hooks["attn_out"])
+        entering(block.ln_2, hooks["resid_mid"])
+        leaving(block.mlp, hooks["mlp_out"])
+        leaving(block, hooks["resid_post"])
+    seen["logits"] = hf(tokens).logits
+    return seen
+
+
+def test_record_gives_what_hugging_face_computes(
+    model: TransformerBridge, hugging_face: GPT2LMHeadModel, tokens: Tensor
+) -> None:
+    """All hooks in one pass, and each in its own."""
+    seen = seen_by_hugging_face(hugging_face, tokens)
+    together = record(model, tokens, HOOKS)
+    assert together.keys() == set(HOOKS)
+    for hook in HOOKS:
+        assert together[hook].shape == (3, 20, 16) and not together[hook].requires_grad
+        assert_close(together[hook], seen[hook], atol=1e-5, rtol=1e-4)
+        assert torch.equal(record(model, tokens, [hook])[hook], together[hook])
+        alike = [other for other in HOOKS if (seen[hook] - seen[other]).abs().max() < 1e-3]
+        assert alike == [hook] or sorted(alike) == ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"]
+
+
+@pytest.mark.parametrize("hooks, later", [
+    (["hook_resid_pre"], ["blocks.0.attn", "blocks.0.mlp", "blocks.1", "unembed"]),
+    (["attn.hook_z"], ["blocks.0.mlp", "blocks.1", "unembed"]),
+    (["hook_attn_out"], ["blocks.0.mlp", "blocks.1", "unembed"]),
+    (["hook_resid_mid"], ["blocks.0.mlp", "blocks.1", "unembed"]),
+    (["hook_mlp_out"], ["blocks.1", "unembed"]),
+    (["hook_resid_post"], ["blocks.1", "unembed"]),
+    (["hook_resid_mid", "hook_resid_pre", "hook_resid_mid"], ["blocks.0.mlp", "blocks.1", "unembed"]),
+], ids=str)  # fmt: skip
+def test_record_runs_nothing_behind_the_last_hook_and_leaves_no_hook(
+    model: TransformerBridge, hugging_face: GPT2LMHeadModel, tokens: Tensor, hooks: list[str], later: list[str]
+) -> None:
+    calls: list[str] = []
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+        for name in later
+    ]
+    record(model, tokens, [f"blocks.0.{hook}" for hook in hooks])
+    assert calls == []
+    with torch.no_grad():
+        logits = model(tokens)
+    assert set(calls) == set(later)
+    for handle in handles:
+        handle.remove()
+    assert_close(logits, seen_by_hugging_face(hugging_face, tokens)["logits"], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_replacing_several_hooks_is_what_hugging_face_makes_of_it(
+    model: TransformerBridge, hugging_face: GPT2LMHeadModel, tokens: Tensor
+) -> None:
+    """Heads side by side, each function at its own hook, the later one given what the earlier one led to."""
+    scale = torch.linspace(-1, 2, 16)
+    given: dict[str, Tensor] = {}
+
+    def scaled(acts: Tensor) -> Tensor:
+        return given.setdefault("z", acts) * scale
+
+    def shifted(acts: Tensor) -> Tensor:
+        return given.setdefault("mlp", acts) + scale
+
+    clean = model(tokens)
+    with replacing(model, {"blocks.0.attn.hook_z": scaled, "blocks.1.hook_mlp_out": shifted}):
+        replaced = model(tokens)
+    assert torch.equal(model(tokens), clean) and (replaced - clean).abs().max() > 0.1
+    with pytest.raises(ZeroDivisionError), replacing(model, {HOOKS[0]: lambda acts: 1 / 0}):
+        model(tokens)
+    assert torch.equal(model(tokens), clean)
+
+    first, second = hugging_face.transformer.h
+    first.attn.c_proj.register_forward_pre_hook(lambda module, args: (args[0] * scale,))
+    second.mlp.register_forward_hook(lambda module, args, out: out + scale)
+    seen = seen_by_hugging_face(hugging_face, tokens)
+    assert_close(replaced, seen["logits"], atol=1e-4, rtol=1e-4)
+    assert_close(given["z"] * scale, seen["blocks.0.attn.hook_z"], atol=1e-5, rtol=1e-4)
+    assert_close(given["mlp"] + scale, seen["blocks.1.hook_mlp_out"], atol=1e-5, rtol=1e-4)
+
+
+def test_load_model_freezes_the_raw_weights_in_the_dtype(tiny_gpt2: Path) -> None:
+    model = load_model(Config(model_name=str(tiny_gpt2), layer=1, dtype="bfloat16", device="cpu"))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_ordinary_positions_are_neither_the_first_nor_special(word_tokenizer: Callable) -> None:
+    tokens = torch.tensor([[0, 4, 1, 5, 2, 3], [9, 0, 199, 3, 8, 1]])
+    ordinary = ordinary_positions(tokens, word_tokenizer(bos_token="<bos>", eos_token="<eos>"))
+    assert ordinary.int().tolist() == [[0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 1, 0]]
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(layer=2), "layer = 2: {} has 2 blocks; give 0 to 1"),
+    (dict(seq_len=65), "seq_len = 65: {} reads at most 64 tokens; give no more"),
+    (dict(act_size=32), "act_size = 32: resid_pre of {} is 16 wide; leave it out"),
+])  # fmt: skip
+def test_check_model_refuses_what_does_not_fit(tiny_gpt2: Path, changes: dict, message: str) -> None:
+    fits = check_model(Config(model_name=str(tiny_gpt2), layer=1, seq_len=64, site="z"))
+    assert fits.act_size == 16 and check_model(fits) == fits
+    with pytest.raises(ValueError) as error:
+        check_model(Config(**(dict(model_name=str(tiny_gpt2), layer=1, seq_len=64) | changes)))
+    assert str(error.value) == message.format(tiny_gpt2)
+
+
+@pytest.mark.parametrize("model_name", ["no-such/model", "./no-such-folder", "/no/such/folder", "no such model"])
+def test_a_model_that_is_not_there_is_named_in_one_line(model_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError) as error:
+        check_model(Config(model_name=model_name))
+    message = str(error.value)
+    assert message.startswith(f"model_name = {model_name!r}: found neither in a folder nor on the Hub (")
+    assert "\n" not in message
+
+
+def test_a_model_folder_is_found_from_home(tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_gpt2.parent))
+    assert check_model(Config(model_name=f"~/{tiny_gpt2.name}", layer=1, seq_len=64)).act_size == 16
+
+
+def test_a_site_that_the_model_lacks_is_refused_with_those_it_has(tmp_path: Path, word_tokenizer: Callable) -> None:
+    neox = GPTNeoXConfig(
+        vocab_size=200, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, use_parallel_residual=True,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(neox).save_pretrained(tmp_path)
+    word_tokenizer(eos_token="<eos>").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^site = 'resid_mid': .* give one of resid_pre, resid_post, attn_out, mlp_o"):
+        load_model(Config(model_name=str(tmp_path), layer=1, site="resid_mid", device="cpu"))
