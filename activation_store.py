@@ -8,19 +8,21 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from config import Config
 from language_model import ordinary_positions, record
 from runtime import ranks
 from runtime.checks import explained, require
 from text import TextPosition, TextStream, held_out_windows
+
+if TYPE_CHECKING:  # importing it takes ten seconds
+    from transformer_lens.model_bridge import TransformerBridge
 
 COPIED_ROWS = 1 << 16  # at a time from a GPU
 HELD_OUT_CHOICE = 32
@@ -50,7 +52,7 @@ class ActivationsStore:
     cfgs: of one stream (Config.stream), with their act_size. Raises ValueError when the buffers do not fit into memory.
     """
 
-    def __init__(self, model: TransformerBridge, cfgs: Sequence[Config], state: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: "TransformerBridge", cfgs: Sequence[Config], state: dict[str, Any] | None = None) -> None:
         cfg = cfgs[0]
         assert all(c.stream == cfg.stream and c.act_size for c in cfgs), "one stream, and widths that check_model found"
         self.model, self.cfg = model, cfg

@@ -39,7 +39,7 @@ class SaeType(NamedTuple):
 
     label: str
     colour: str
-    """Of its lines, from Okabe and Ito's palette for colour-blind eyes."""
+    """Colour of its lines, from Okabe and Ito's palette for colour-blind eyes."""
     sparsity: str
     """The field of Config that sets its L0."""
     symbol: str

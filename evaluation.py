@@ -8,18 +8,20 @@ rows of activations (Rows), or of what the model then predicts (Predictions); de
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from language_model import ordinary_positions, record, replacing
 from runtime import ranks
 from runtime.checks import require
 from sae import BaseAutoencoder, SAEOutput
+
+if TYPE_CHECKING:  # importing it takes ten seconds
+    from transformer_lens.model_bridge import TransformerBridge
 
 MAX_LOGITS = 1 << 26  # in one forward pass: 256 MB of float32
 
@@ -175,7 +177,7 @@ def evaluation_mode(*saes: BaseAutoencoder) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(
-    model: TransformerBridge,
+    model: "TransformerBridge",
     saes: list[BaseAutoencoder],
     tokens: Int[Tensor, "window pos"],
     mean: Float[Tensor, "act_size"],
@@ -233,7 +235,7 @@ def evaluate(
 
 @torch.no_grad()
 def feature_density(
-    sae: BaseAutoencoder, model: TransformerBridge, tokens: Int[Tensor, "window pos"]
+    sae: BaseAutoencoder, model: "TransformerBridge", tokens: Int[Tensor, "window pos"]
 ) -> Float[Tensor, "dict_size"]:
     """Find the share of ordinary positions at which each latent fires, in evaluation; the shares sum to L0.
 
@@ -251,7 +253,7 @@ def feature_density(
     return fired / positions
 
 
-def _check_tokens(model: TransformerBridge, tokens: Tensor) -> None:
+def _check_tokens(model: "TransformerBridge", tokens: Tensor) -> None:
     context, vocab, said = model.cfg.n_ctx, model.cfg.d_vocab, f"tokens = {tokens.dtype} {list(tokens.shape)}"
     windows = tokens.dtype == torch.int64 and tokens.ndim == 2 and len(tokens) and 2 <= tokens.shape[1] <= context
     require(windows, f"{said}: give int64 [window, pos], at least one window of 2 to {context} tokens")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -13,11 +14,13 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from config import SITES, Config
 from runtime.checks import explained, require
+
+if TYPE_CHECKING:  # importing it takes ten seconds
+    from transformer_lens.model_bridge import TransformerBridge
 
 TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 
@@ -55,11 +58,13 @@ def check_model(cfg: Config) -> Config:
     return replace(cfg, act_size=act_size)
 
 
-def load_model(cfg: Config) -> TransformerBridge:
+def load_model(cfg: Config) -> "TransformerBridge":
     """Load the language model of cfg: raw weights, in its dtype, on its device, ready for inference only.
 
     Raises: ValueError when it cannot be loaded or has no such site.
     """
+    from transformer_lens.model_bridge import TransformerBridge  # late: what check_model refuses is answered before
+
     wrong = (OSError, ValueError, RuntimeError, SafetensorError)
     with explained(f"model_name = {cfg.model_name!r}: cannot be loaded", *wrong, remedy="give a whole model that fits"):
         model = TransformerBridge.boot_transformers(
@@ -69,7 +74,7 @@ def load_model(cfg: Config) -> TransformerBridge:
     return model.eval().requires_grad_(False)
 
 
-def check_hooks(model: TransformerBridge, cfg: Config) -> None:
+def check_hooks(model: "TransformerBridge", cfg: Config) -> None:
     """Raise ValueError when the model lacks a hook that cfg reads or writes."""
     sites = [site for site, hook in SITES.items() if f"blocks.{cfg.layer}.{hook}" in model.hook_dict]
     missing = f"site = {cfg.site!r}: {cfg.model_name} has no such hook; give one of {', '.join(sites)}"
@@ -82,7 +87,7 @@ class _Recorded(Exception):
 
 @torch.no_grad()
 def record(
-    model: TransformerBridge, tokens: Int[Tensor, "window pos"], hook_names: Sequence[str]
+    model: "TransformerBridge", tokens: Int[Tensor, "window pos"], hook_names: Sequence[str]
 ) -> dict[str, Float[Tensor, "window pos act_size"]]:
     """Record the activations at some hooks, heads concatenated; the forward pass ends at the last of them."""
     recorded: dict[str, Tensor] = {}
@@ -103,7 +108,7 @@ def record(
 
 @contextlib.contextmanager
 def replacing(
-    model: TransformerBridge,
+    model: "TransformerBridge",
     by_hook: Mapping[str, Callable[[Float[Tensor, "window pos act_size"]], Float[Tensor, "window pos act_size"]]],
 ) -> Iterator[None]:
     """Pass the activations at each hook, heads concatenated, through its function in every forward pass within."""

@@ -38,7 +38,7 @@ WANDB_SECONDS = 60
 
 
 def begin_sweep(folder: Path, cfgs: list[Config]) -> None:
-    """Make the folder of a sweep and write down its Configs and the number of processes, for who resumes it."""
+    """Make the folder of a sweep and write down its Configs and the number of processes, for a later resume."""
     if ranks.world_rank() == 0:
         sweep = {"processes": ranks.world_size(), "configs": [cfg.to_dict() for cfg in cfgs]}
         write_durably(folder / SWEEP, json.dumps(sweep, indent=2).encode())
@@ -171,7 +171,7 @@ class RunLog:
             save_checkpoint(sae, self.folder / sae.cfg.name / f"step-{step:06d}")
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write, in place of the last one, what `load_progress` gives back to who resumes."""
+        """Write, in place of the last one, what `load_progress` reads for a later resume."""
         if not self._writes:
             save_state({"store": state["store"]}, _share_file(self.folder, state["step"], ranks.rank()))
         ranks.any_of(False)  # all have written, so what follows makes their files count
@@ -182,7 +182,7 @@ class RunLog:
             self._commit({"group": self._group, "log": log, **state})
 
     def finish(self) -> None:
-        """Note that the group is trained: who resumes begins with the next."""
+        """Note that the group is trained, so that a resume begins with the next."""
         if self._writes:
             self._commit({"group": self._group + 1})
 

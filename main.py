@@ -9,7 +9,7 @@ from runtime import cli
 
 
 class StopAfterStep:
-    """While active, says after each step whether SIGTERM or Ctrl-C asked to stop.
+    """Note, while active, whether SIGTERM or Ctrl-C asked to stop; a call after each step tells.
 
     A second Ctrl-C stops at once, as does one before the first step, where there is nothing to save: KeyboardInterrupt.
     Not so where processes wait for each other: some of them would have begun.

@@ -81,10 +81,9 @@ def decoder_cosines(df: pd.DataFrame) -> list[Float[np.ndarray, "latents"] | Non
     """
     if df["checkpoint"].isna().all():
         return [None] * len(df)
-    from analysis.latents import nearest_cosines  # late, with torch: the table alone is there at once
-    from checkpoint import load_checkpoint
+    from analysis.latents import nearest_cosines_of  # late, with torch: the table alone is there at once
 
-    return [path and nearest_cosines(load_checkpoint(path).W_dec).numpy() for path in df["checkpoint"]]
+    return [path and nearest_cosines_of(path) for path in df["checkpoint"]]
 
 
 def _local_rows(root: Path, group: str | None) -> list[dict]:

@@ -61,6 +61,10 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def unknown() -> None:
+    """Leave a number to be counted."""
+
+
 class Processes(NamedTuple):
     """What an SAE asks of the other processes that share its batches; by default there are none."""
 
@@ -106,7 +110,8 @@ class BaseAutoencoder(nn.Module):
         self.l1_coeff = cfg.l1_coeff
         self.processes = Processes()
         self.gradient_memory = GradientMemory()
-        self.num_dead: int | None = None  # where it is known and counting would mean waiting for the device
+        self.num_dead: Callable[[], int | None] = unknown  # tells it where counting would mean waiting for the device
+        self.unit_rows = False  # whether something keeps the decoder rows at norm 1, so that no loss needs their norms
 
     def extra_repr(self) -> str:
         cfg = self.cfg
@@ -190,9 +195,8 @@ class BaseAutoencoder(nn.Module):
 
     def _dense_product(self, z: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         centred, bias = z - self.b_dec, b_enc
-        if (
-            not z.requires_grad
-        ):  # b_dec's gradient by a vector, not a batch: what is subtracted is 0, its gradient is not
+        if not z.requires_grad:
+            # b_dec's gradient by a vector, not a batch: what is subtracted is 0, its gradient is not.
             centred = centred.detach()
             bias = b_enc - (self.b_dec - self.b_dec.detach()) @ W_enc.detach()
         return torch.addmm(*(self._for_product(factor) for factor in (bias, centred, W_enc))).to(z.dtype)
@@ -217,10 +221,9 @@ class BaseAutoencoder(nn.Module):
         """Take the weights as a forward pass uses them; where AuxK is due, split off the rows of the dead latents."""
         if not (self.uses_auxk and self.training):
             return self.W_enc, self.W_dec, None
-        if self.num_dead is None:
-            dead = self.dead.nonzero().squeeze(1)
-        else:
-            dead = torch.nonzero_static(self.dead, size=self.num_dead).squeeze(1)
+        count = self.num_dead()
+        found = self.dead.nonzero() if count is None else torch.nonzero_static(self.dead, size=count)
+        dead = found.squeeze(1)
         if not len(dead):
             return self.W_enc, self.W_dec, None
         W_enc, W_enc_dead = (w.t() for w in sparse.split_rows(self.W_enc.t(), dead))
@@ -291,7 +294,7 @@ class BaseAutoencoder(nn.Module):
     def fold_decoder_norms(self) -> None:
         """Measure each latent in units of its decoder row's norm, so that the rows have norm 1 and training can begin.
 
-        The reconstruction stays what it was, except that k largest are then chosen by what they add to it.
+        The reconstruction stays what it was, except that TopK then ranks latents by what they add to it.
         """
         norms = self.W_dec.norm(dim=1)
         if (norms - 1).abs().max() < UNIT:
@@ -319,10 +322,8 @@ class VanillaSAE(BaseAutoencoder):
         return torch.relu(code.pre)
 
     def losses(self, z: Tensor, y: Tensor, code: SparseLatents) -> dict[str, Tensor]:
-        norms = self.W_dec.norm(dim=1)
-        if self.training:  # the gradient along a row is projected away
-            norms = norms.detach()
-        l1 = (code.acts * code.beside(norms)).sum() / len(code)
+        weighted = code.acts if self.unit_rows else code.acts * code.beside(self.W_dec.norm(dim=1))
+        l1 = weighted.sum() / len(code)
         return super().losses(z, y, code) | {"l1": self.l1_coeff * l1}
 
 

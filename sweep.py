@@ -8,12 +8,11 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.constants
 import torch
 from huggingface_hub.utils.logging import set_verbosity_error
-from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils.logging import disable_progress_bar
 
 import results
@@ -28,6 +27,9 @@ from runtime.dry_run import describe
 from sae import SAE_TYPES
 from text import check_text
 from training import Stopped, heading, train
+
+if TYPE_CHECKING:  # importing it takes ten seconds
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 def start(name: str, cfgs: list[Config]) -> tuple[list[Config], Path]:
@@ -84,7 +86,7 @@ class _Model:
     def __init__(self) -> None:
         self._key, self._model = None, None
 
-    def of(self, cfg: Config) -> TransformerBridge:
+    def of(self, cfg: Config) -> "TransformerBridge":
         key = (cfg.model_name, cfg.dtype, cfg.device)
         if key != self._key:
             self._model = None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets.distributed import split_dataset_by_node
 from jaxtyping import Int
-from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -32,8 +32,7 @@ READ_ATTEMPTS = 5
 def bos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that starts every window: BOS, or EOS if the tokenizer has no BOS (GPT-NeoX, Qwen)."""
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    named = f"model_name = {tokenizer.name_or_path!r}:"
-    require(bos is not None, f"{named} its tokenizer has neither a BOS nor an EOS token; give another")
+    assert bos is not None, "check_text refuses a tokenizer with neither a BOS nor an EOS token"
     return bos
 
 
@@ -96,7 +95,8 @@ def check_text(cfg: Config) -> None:
     vocab_size = AutoConfig.from_pretrained(source).get_text_config().vocab_size
     sizes = f"its tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}"
     require(tokenizer.vocab_size <= vocab_size, f"{said} {sizes}; put the model's own beside it")
-    bos_token_id(tokenizer)
+    starts = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+    require(starts, f"{said} its tokenizer has neither a BOS nor an EOS token; give another")
     said = f"dataset_path = {cfg.dataset_path!r}:"
     for part in ("training text", "held-out tenth"):
         stream = load_documents(cfg.dataset_path, cfg.dataset_name, held_out=part == "held-out tenth")
@@ -237,7 +237,7 @@ class TextStream:
         at.all_read = True
 
     @retry(
-        retry=retry_if_exception_type(OSError),
+        retry=retry_if_exception(lambda error: isinstance(error, OSError) and "shutdown" not in str(error)),  # at exit
         wait=wait_exponential(multiplier=0.5),
         stop=stop_after_attempt(READ_ATTEMPTS),
         reraise=True,

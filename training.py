@@ -18,8 +18,8 @@ from kernels import sparse
 from kernels.sparse import GradientMemory
 from logs import RunLog
 from runtime import ranks
-from runtime.checks import require
-from sae import BaseAutoencoder, Processes, SAEOutput
+from runtime.checks import explained, require
+from sae import BaseAutoencoder, Processes, SAEOutput, unknown
 
 FIRST_SAVE_SECONDS = 60  # into a run, the first time that its state is saved
 
@@ -49,7 +49,8 @@ class Trainer:
     def __init__(self, sae: BaseAutoencoder) -> None:
         self.sae, self.cfg = sae.train(), sae.cfg
         sae.fold_decoder_norms()
-        sae.processes = Processes(ranks.count(), ranks.mean, ranks.either)
+        sae.processes, sae.num_dead = Processes(ranks.count(), ranks.mean, ranks.either), self._num_dead
+        sae.unit_rows = True
         if not sparse.on_gpu(sae.W_dec):
             W_enc, W_dec = (torch.empty_like(sae.W_dec.detach()) for _ in range(2))
             sae.gradient_memory = GradientMemory(W_enc=W_enc, W_dec=W_dec)
@@ -70,7 +71,6 @@ class Trainer:
         assert all(p.grad is None for p in sae.parameters()), "gradients from before: a step makes its own"
         sae.l1_coeff = sparsity_coefficient(cfg, step)
         self.optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
-        sae.num_dead = self._num_dead()
         out = sae(x)
         (out.loss / ranks.count()).backward()
         for view, p in zip(self.views, sae.parameters()):
@@ -93,15 +93,16 @@ class Trainer:
         return out
 
     def _count_dead(self) -> None:
-        """Send the number of dead latents to the host, which waits for it only when the next step has begun."""
+        """Send the number of dead latents to the host, which waits for it only once the next step is under way."""
         if self.sae.uses_auxk and sparse.on_gpu(self.sae.W_dec):
-            count = self.sae.dead.sum().to("cpu", non_blocking=True)
-            self._dead = count, torch.cuda.current_stream().record_event() if self.sae.W_dec.is_cuda else None
+            device, count = self.sae.W_dec.device, self.sae.dead.sum().to("cpu", non_blocking=True)
+            self._dead = count, torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def _num_dead(self) -> int | None:
+        """Return the number that the last step sent, once."""
         if self._dead is None:
             return None
-        count, copied = self._dead
+        (count, copied), self._dead = self._dead, None
         if copied is not None:
             copied.synchronize()
         return int(count)
@@ -126,7 +127,8 @@ class Trainer:
 
     def release(self) -> None:
         """Leave the SAE as one that nobody trains: gradients add up again, each in memory of its own."""
-        self.sae.processes, self.sae.gradient_memory, self.sae.num_dead = Processes(), GradientMemory(), None
+        sae = self.sae
+        sae.processes, sae.gradient_memory, sae.num_dead, sae.unit_rows = Processes(), GradientMemory(), unknown, False
 
     def state(self) -> dict[str, Any]:
         """Collect all that its next steps depend on beside the batches."""
@@ -174,9 +176,11 @@ def train(
         require(sae.cfg.stream == cfg.stream, another)
     devices = placements(cfg)
     with contextlib.ExitStack() as stack:
-        trainers = [Trainer(sae.to(devices[i % len(devices)])) for i, sae in enumerate(saes)]
-        for trainer in trainers:
-            stack.callback(trainer.release)
+        trainers = []
+        with explained("out of memory for the SAEs", torch.OutOfMemoryError, remedy="lower dict_size, or train fewer"):
+            for i, sae in enumerate(saes):
+                trainers.append(Trainer(sae.to(devices[i % len(devices)])))
+                stack.callback(trainers[-1].release)
         results = _Loop(trainers, store, log, should_stop).run(state)
     for sae in saes:
         sae.eval()
@@ -333,7 +337,7 @@ class _Loop:
 
 
 class _Pacer:
-    """Says when to save the state: every `freq` steps, or where that is None, so that saving takes 1% of the time."""
+    """Decide when to save the state: every `freq` steps, or where that is None, so that saving takes 1% of the time."""
 
     def __init__(self, freq: int | None) -> None:
         self.freq = freq

@@ -1,9 +1,14 @@
 """Compare a dictionary's latents with each other."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from checkpoint import load_checkpoint
 
 COMPARED = 1 << 26  # cosines at a time: 256 MB
 
@@ -30,3 +35,8 @@ def nearest_cosines(W_dec: Float[Tensor, "dict_size act_size"], at_most: int = 4
     """Compute the cosine of decoder rows with the row nearest to each, for `at_most` rows, evenly spaced."""
     spaced = torch.linspace(0, len(W_dec) - 1, min(at_most, len(W_dec)), dtype=torch.float64, device=W_dec.device)
     return nearest_latents(W_dec, spaced.round().long(), 1)[1].flatten()
+
+
+def nearest_cosines_of(checkpoint: str | Path) -> Float[np.ndarray, "latents"]:
+    """Compute the nearest cosines of a saved dictionary. Raises ValueError when it is damaged."""
+    return nearest_cosines(load_checkpoint(checkpoint).W_dec).numpy()

@@ -39,7 +39,7 @@ def _chunks(
     W_enc: Float[Tensor, "act_size dict_size"],
     b_enc: Float[Tensor, "dict_size"] | None,
 ) -> Iterator[tuple[slice, slice, Float[Tensor, "rows latents"]]]:
-    """x W_enc + b_enc (or without it) in x's dtype, a block at a time, with its rows and latents, in one buffer."""
+    """Yield x W_enc + b_enc (or without it) in x's dtype, a block at a time, with its rows and latents."""
     batch, dict_size = len(x), W_enc.shape[1]
     if sparse.on_gpu(x):
         rows, latents = batch, min(dict_size, max(1024, GPU_CHUNK_ELEMENTS // batch))
@@ -61,7 +61,7 @@ def _chunks(
 
 @torch.no_grad()
 def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection:
-    """The k largest pre-activations of each row: x [batch, act_size] (b_dec subtracted) -> nnz = batch * k.
+    """Choose the k largest pre-activations of each row: x [batch, act_size] (b_dec subtracted) -> nnz = batch * k.
 
     On a CPU a top-k of everything is slow. The maxima of small groups in the first block of latents tell a number that
     each row's k-th largest entry almost surely reaches; the top-k is then among the entries that do. The rows where
@@ -88,7 +88,7 @@ def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection:
 
 
 def _candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection | None:
-    """Entries that hold the k largest of almost every row; None where there are none, or too many to be worth it."""
+    """Collect entries that hold the k largest of almost every row; None where there are none, or too many."""
     dict_size = W_enc.shape[1]
     first = min(dict_size, CPU_CHUNK_LATENTS)
     mean = k * first / dict_size  # entries of the top k in the first block, if latents are in no order
@@ -111,7 +111,7 @@ def _candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection | 
 def _topk_directly(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """By a top-k of each block, then one of what these kept."""
+    """Take the k largest of each block, then of what these kept."""
     values, indices = [], []
     best: list[tuple[Tensor, Tensor]] = []
     for _, block, pre in _chunks(x, W_enc, b_enc):
@@ -129,7 +129,7 @@ def _topk_directly(
 def _entries(
     pre: Float[Tensor, "rows latents"], mask: Bool[Tensor, "rows latents"], rows: slice, block: slice
 ) -> _Entries:
-    """The few entries of a block where the mask is true, row after row."""
+    """Collect the few entries of a block where the mask is true, row after row."""
     mask = mask.flatten()
     if len(mask) % 8:
         flat = mask.nonzero().squeeze(1)
@@ -143,7 +143,7 @@ def _entries(
 
 
 def _by_row(found: list[_Entries], batch: int, dict_size: int) -> Selection:
-    """Entries found block by block, row after row."""
+    """Sort entries found block by block into rows."""
     values, rows, indices = (torch.cat(c) for c in zip(*found))
     rows, order = rows.sort(stable=True)
     offsets = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device))
@@ -154,7 +154,7 @@ def _by_row(found: list[_Entries], batch: int, dict_size: int) -> Selection:
 def above(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, floor: Float[Tensor, "dict_size"], max_density: float
 ) -> Selection | None:
-    """Every pre-activation above its latent's floor, or None where dense products are the faster way.
+    """Choose every pre-activation above its latent's floor, or None where dense products are the faster way.
 
     That is where more than `max_density` are, by a sample of rows in the first block of latents, and on a GPU always:
     how many are found is data there, which the host would have to wait for.
@@ -195,7 +195,7 @@ def at_most(selection: Selection, k: int) -> Selection:
 
 @torch.no_grad()
 def batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, guess: Float[Tensor, ""]) -> Selection:
-    """The k * batch largest positive pre-activations of the whole batch; fewer where fewer are positive.
+    """Choose the k * batch largest positive pre-activations of the whole batch; fewer where fewer are positive.
 
     `guess` is a number that the smallest of them probably exceeds. It decides the speed, never the result: candidates
     are the entries above it, and where these turn out too few it is lowered and the batch scanned again.
@@ -220,14 +220,14 @@ def _sample(x: Float[Tensor, "batch act_size"]) -> Float[Tensor, "sample act_siz
 
 
 def _smallest_kept_in_sample(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> float:
-    """What the k-th largest entry per row, on average, is for a few rows; somewhat less, for a guess."""
+    """Estimate, somewhat low, the smallest entry that a batch keeps, from a few of its rows."""
     sample = _sample(x)
     pre = torch.addmm(b_enc, sample.to(W_enc.dtype), W_enc)
     return max(0.0, 0.9 * pre.flatten().topk(k * len(sample)).values[-1].item())
 
 
 def _batchtopk_on_gpu(x: Tensor, W_enc: Tensor, b_enc: Tensor, wanted: int) -> Selection:
-    """The same without waiting for the device: exactly `wanted` entries, of which the non-positive ones do not fire."""
+    """Do the same without waiting for the device: exactly `wanted` entries, some perhaps not positive."""
     values = x.new_empty(0)
     keys = torch.empty(0, dtype=torch.int64, device=x.device)  # row * dict_size + latent
     for rows, block, pre in _chunks(x, W_enc, b_enc):
@@ -248,5 +248,5 @@ def _csr(pre: Tensor, rows: Tensor, indices: Tensor, batch: int, b_enc: Tensor) 
 
 
 def topk_mask(pre: Float[Tensor, "batch dict_size"], k: int) -> Tensor:
-    """True at the k largest of each row."""
+    """Mark the k largest of each row."""
     return torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(k, dim=1, sorted=False).indices, True)

@@ -245,7 +245,7 @@ DATA: list[tuple[str, dict[str, bytes], Said]] = [
     ("a.jsonl", {"a.jsonl": lines({"text": ["a"]}, {"text": ["b"]})}, ("a text is [", "must hold strings")),
     ("a.jsonl", {"a.jsonl": lines({"text": None})}, ("does not fill a window", "give more text")),
     ("a.jsonl", {"a.jsonl": lines({"text": ""}, times=999)}, ("its training text does not fill", "give more text")),
-    ("a.jsonl", {"a.jsonl": ids(320)}, ("token 320 is outside the vocabulary of 320 of 'model'", "give other data")),
+    ("a.jsonl", {"a.jsonl": ids(320)}, ("token 320 is outside the vocabulary of 320 of '", "give other data")),
     ("a.jsonl", {"a.jsonl": ids(-1)}, ("token -1 is outside the vocabulary of 320", "give other data")),
     ("a.jsonl", {"a.jsonl": ids(1.5)}, ("tokens are [4.0, 1.5,", "the column must hold lists of ids")),
     ("a.jsonl", {"a.jsonl": ids(None)}, ("tokens are [4, None,", "the column must hold lists of ids")),
