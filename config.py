@@ -26,6 +26,7 @@ from runtime.checks import (
     PositiveReal,
     Project,
     Share,
+    Shares,
     checked,
     require,
 )
@@ -61,6 +62,7 @@ TYPES = {
     "jumprelu": SaeType(
         "JumpReLU", "#009E73", "l1_coeff", "l1", (*_PENALTY, "bandwidth", "threshold_init"), "jumprelu"
     ),
+    "matryoshka": SaeType("Matryoshka", "#56B4E9", "top_k", "k", (*_AUXK, "prefixes"), "jumprelu"),
 }  # in the order of tables and legends
 
 # Site -> hook of TransformerLens within one block.
@@ -122,6 +124,8 @@ class Dictionary:
     """JumpReLU: width of the straight-through window, for activations of norm 1; scaled to the actual norm."""
     threshold_init: NonNegative = 0.001
     """JumpReLU: threshold before training, for activations of norm 1; scaled to the actual norm."""
+    prefixes: Shares = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Matryoshka: the first latents, as shares of dict_size, that must reconstruct on their own; written 0.25,0.5,1."""
     top_k_aux: Positive = 256
     """Dead latents kept per token to explain what the live ones left over (AuxK; topk and batchtopk)."""
     aux_penalty: NonNegative = 1 / 32
@@ -260,7 +264,8 @@ class Config(Run, Optimisation, Dictionary, Stream):
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields and values, ready for JSON; `Config(**d)` gives the same Config back."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 HINTS = typing.get_type_hints(Config, include_extras=True)

@@ -6,18 +6,22 @@
             TopKSAE        relu of the k largest of each row
             BatchTopKSAE   relu of the k * B largest of the batch; in evaluation pre * [pre > threshold]
             JumpReLUSAE    pre * [pre > threshold_j]
+            MatryoshkaSAE  as BatchTopKSAE
     y_hat = f W_dec + b_dec;   sae_out = y_hat * std + mean
     loss  = mean over batch and act_size of (y_hat - z)^2
             + Vanilla            l1_coeff * mean over batch of sum_j f_j ||W_dec_j||
             + JumpReLU           l1_coeff * mean over batch of sum_j [pre_j > threshold_j]
             + TopK, BatchTopK    aux_penalty * AuxK
+            Matryoshka           the mean of that error over nested y_hats, each of the latents below a width, + AuxK
 
 Sources: TopK and AuxK, Gao et al. 2024 (arXiv:2406.04093); BatchTopK, Bussmann et al. 2024 (arXiv:2412.06410);
-JumpReLU, Rajamanoharan et al. 2024 (arXiv:2407.14435); the weighted L1, Conerly et al. 2024 (April update).
+JumpReLU, Rajamanoharan et al. 2024 (arXiv:2407.14435); the weighted L1, Conerly et al. 2024 (April update);
+Matryoshka, Bussmann et al. 2025 (arXiv:2503.17547).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -377,6 +381,30 @@ class BatchTopKSAE(BaseAutoencoder):
         self.threshold.lerp_(torch.where(fired > 0, smallest / fired, self.threshold), weight.to(self.threshold.dtype))
 
 
+class MatryoshkaSAE(BatchTopKSAE):
+    """BatchTopK in which the first latents must reconstruct on their own, for several prefixes F_1 < F_2 < ... < F.
+
+    The loss is the mean over the prefixes of the mean squared error of what the latents below F_i decode to, so that
+    general features come first and specific ones do not absorb them (Bussmann et al. 2025).
+    """
+
+    sae_type = "matryoshka"
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__(cfg)
+        self.widths = sorted({max(1, round(share * cfg.dict_size)) for share in cfg.prefixes})
+
+    def reconstruct(self, code: SparseLatents, W_dec: Tensor) -> Float[Tensor, "nested batch d_out"]:
+        if code.support is None:
+            slices = [slice(*edges) for edges in pairwise([0, *self.widths])]
+            parts = torch.stack([code.acts[:, part] @ W_dec[part] for part in slices])
+        else:
+            acts, support = code.split(torch.tensor(self.widths, device=code.acts.device))
+            decoded = sparse.decode(acts, support, W_dec, self.gradient_memory)
+            parts = decoded.view(len(self.widths), len(code), -1)
+        return parts.cumsum(dim=0) + self.b_dec
+
+
 class JumpReLUSAE(BaseAutoencoder):
     """A learned threshold per latent, and an L0 penalty that reaches it through a straight-through estimator.
 
@@ -422,7 +450,7 @@ class JumpReLUSAE(BaseAutoencoder):
 
 
 SAE_TYPES: dict[str, type[BaseAutoencoder]] = {
-    sae_class.sae_type: sae_class for sae_class in (VanillaSAE, TopKSAE, BatchTopKSAE, JumpReLUSAE)
+    sae_class.sae_type: sae_class for sae_class in (VanillaSAE, TopKSAE, BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE)
 }
 assert SAE_TYPES.keys() == TYPES.keys(), "a type is a class here and a row in config.TYPES"
 

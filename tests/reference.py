@@ -32,6 +32,7 @@ def reference(
     aux_penalty: float,
     top_k_aux: int,
     dead: Tensor,  # [F], bool
+    widths: list[int],  # of the nested dictionaries
 ) -> Reference:
     """Output, latents, loss terms, and the gradient of every term with respect to x and every parameter."""
     p = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
@@ -42,7 +43,7 @@ def reference(
         f = pre.clamp(min=0)
     elif sae_type == "topk":
         f = pre.clamp(min=0) * torch.stack([largest(row, top_k) for row in pre])
-    elif sae_type == "batchtopk" and training:
+    elif sae_type in ("batchtopk", "matryoshka") and training:
         f = pre.clamp(min=0) * largest(pre, top_k * len(x))
     else:
         f = pre * (pre > p["threshold"]).double()
@@ -50,11 +51,14 @@ def reference(
     sae_out = z_hat * std + mean
 
     losses = {"mse": ((z_hat - z) ** 2).sum() / z.numel()}
+    if sae_type == "matryoshka":
+        nested = [f[:, :width] @ p["W_dec"][:width] + p["b_dec"] for width in widths]
+        losses = {"mse": sum(((y - z) ** 2).sum() for y in nested) / z.numel() / len(nested)}
     if sae_type == "vanilla":
         losses["l1"] = l1_coeff * (f * p["W_dec"].square().sum(dim=1).sqrt()).sum(dim=1).mean()
     if sae_type == "jumprelu":
         losses["l0"] = l1_coeff * (pre > p["threshold"]).double().sum(dim=1).mean()
-    if sae_type in ("topk", "batchtopk") and training and dead.any():
+    if sae_type in ("topk", "batchtopk", "matryoshka") and training and dead.any():
         losses["auxk"] = aux_penalty * auxk(pre[:, dead], p["W_dec"][dead], (z - z_hat).detach(), top_k_aux)
 
     if sae_type == "jumprelu":

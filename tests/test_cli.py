@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel
 
 import language_model
 import main
-from config import GROUPS, HINTS, SWEEPS, Config, tiny_sweep, unused_by
+from config import GROUPS, HINTS, SWEEPS, TYPES, Config, tiny_sweep, unused_by
 from runtime import cli, dry_run
 from sae import build_sae
 
@@ -75,7 +75,7 @@ def test_help_has_every_field_in_its_group_with_the_default_of_the_sweep(tmp_pat
         for name, entry in zip(names, entries):
             assert docs[name].endswith((".", ")")) and "".join(docs[name].split()) in "".join(entry.split())
             used = [cfg for cfg in SWEEPS[sweep]() if name not in unused_by(cfg.sae_type)]
-            values = dict.fromkeys(str(getattr(cfg, name)) for cfg in used)
+            values = dict.fromkeys(cli.written(getattr(cfg, name)) for cfg in used or SWEEPS[sweep]())
             assert "".join(entry.split()).endswith(f"(default:{','.join(values)})"), entry
 
 
@@ -141,9 +141,9 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[s
         ("python main.py --top-k-", ["--top-k-aux"]),
         ("python main.py gpt2 --re", ["--resume", "--resume-freq"]),
         ("python main.py gpt2 ", []),
-        ("python main.py --sae-type ", ["vanilla", "topk", "batchtopk", "jumprelu"]),
+        ("python main.py --sae-type ", [*TYPES]),
         ("python main.py --sae_type topk b", ["batchtopk"]),
-        ("python main.py --sae-type=", ["vanilla", "topk", "batchtopk", "jumprelu"]),
+        ("python main.py --sae-type=", [*TYPES]),
         ("python main.py --sae-type=j", ["jumprelu"]),
         ("python main.py --site m", ["mlp_out"]),
         ("python main.py --input-unit-norm ", ["True", "False"]),

@@ -22,7 +22,7 @@ PARAMETERS = ["W_enc", "b_enc", "W_dec", "b_dec"]
 EXACT = dict(rtol=1e-9, atol=1e-11)
 
 all_types = pytest.mark.parametrize("sae_type", list(SAE_TYPES))
-auxk_types = pytest.mark.parametrize("sae_type", ["topk", "batchtopk"])
+auxk_types = pytest.mark.parametrize("sae_type", [name for name, kind in SAE_TYPES.items() if kind.uses_auxk])
 
 
 @pytest.fixture(params=[1.0, 0.0], ids=["sparse", "dense"])
@@ -36,7 +36,8 @@ def density(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def config(sae_type: str = "topk", **changes: object) -> Config:
     small = dict(
-        act_size=D, dict_size=F, top_k=3, l1_coeff=0.1, bandwidth=0.6, threshold_init=0.5, top_k_aux=3,
+        act_size=D, dict_size=F, top_k=3, prefixes=(0.1, 0.5, 1.0), l1_coeff=0.1,
+        bandwidth=0.6, threshold_init=0.5, top_k_aux=3,
         aux_penalty=1 / 32, dead_after_tokens=100, input_unit_norm=False, device="cpu",
     )  # fmt: skip
     return Config(sae_type=sae_type, **(small | changes))
@@ -58,7 +59,7 @@ def make_sae(sae_type: str, dead: Sequence[int] = (), **changes: object) -> Base
         sae.input_scale.fill_(1.7)
         if sae_type == "jumprelu":
             sae.threshold.copy_(0.2 + 0.5 * random(F).abs())
-        if sae_type == "batchtopk":
+        if "threshold" in dict(sae.named_buffers()):
             sae.threshold.fill_(0.4)
         sae.tokens_since_fired[list(dead)] = sae.cfg.dead_after
     return sae
@@ -70,11 +71,11 @@ def rows(*shape: int, seed: int = 0, mean: float = 0.5) -> Tensor:
 
 def reference_of(sae: BaseAutoencoder, x: Tensor) -> Reference:
     cfg, params = sae.cfg, dict(sae.named_parameters())
-    if cfg.sae_type == "batchtopk":
-        params["threshold"] = sae.threshold
+    params |= {name: buffer for name, buffer in sae.named_buffers() if name == "threshold"}
     same = ("input_unit_norm", "top_k", "l1_coeff", "aux_penalty", "top_k_aux")
     options = {field: getattr(cfg, field) for field in same}
-    return reference(cfg.sae_type, params, x, training=sae.training, eps=cfg.bandwidth * 1.7, dead=sae.dead, **options)
+    options |= dict(eps=cfg.bandwidth * 1.7, dead=sae.dead, widths=[round(share * F) for share in cfg.prefixes])
+    return reference(cfg.sae_type, params, x, training=sae.training, **options)
 
 
 def gradients(sae: BaseAutoencoder, losses: dict[str, Tensor], x: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -103,7 +104,7 @@ def test_outputs_losses_and_all_gradients_equal_the_reference(
 ) -> None:
     sae = make_sae(sae_type, dead=DEAD, input_unit_norm=input_unit_norm).train(training)
     expected = reference_of(sae, rows(B))
-    always_sparse = sae_type == "topk" or (sae_type == "batchtopk" and training)
+    always_sparse = sae_type == "topk" or (sae.cfg.type.sparsity == "top_k" and training)
     for x in (rows(B), rows(B).requires_grad_()):
         out = sae(x)
         assert (out.latents.support is None) == (density == 0.0 and not always_sparse)
@@ -122,6 +123,7 @@ def test_outputs_losses_and_all_gradients_equal_the_reference(
         ("vanilla", "l1", PARAMETERS),
         ("topk", "auxk", PARAMETERS),
         ("batchtopk", "auxk", PARAMETERS),
+        ("matryoshka", "auxk", PARAMETERS),
         ("jumprelu", "l0", ["threshold"]),
     ],
 )
@@ -358,6 +360,23 @@ def test_encode_gives_the_latents_of_evaluation_which_do_not_depend_on_the_batch
     assert alone.any() and encoded.shape == (2, 3, F)
     for found in (encoded, sae.encode(x), sae(x).latents.to_dense()):
         assert_close(found.view(-1, F), alone)
+
+
+# ---- Matryoshka ----
+
+
+def test_matryoshka_with_one_prefix_is_batchtopk(density: float) -> None:
+    one, other = (make_sae(sae_type, dead=DEAD, prefixes=(1.0,)) for sae_type in ("matryoshka", "batchtopk"))
+    for step in range(3):
+        for sae in (one, other):
+            sae.zero_grad()
+            out = sae(rows(B, seed=step))
+            out.loss.backward()
+            sae.after_step(out.latents)
+        assert_close([p.grad for p in one.parameters()], [p.grad for p in other.parameters()], **EXACT)
+    x = rows(B, seed=9)
+    assert_close(one.eval()(x).sae_out, other.eval()(x).sae_out, **EXACT)
+    assert torch.equal(one.encode(x), other.encode(x)) and torch.equal(one.threshold, other.threshold)
 
 
 # ---- parameters ----

@@ -1,6 +1,7 @@
 """training.py: schedules by hand, one step against plain torch, and what `train` reads, writes and waits for."""
 
 import copy
+import itertools
 import re
 import sys
 from collections import Counter
@@ -291,19 +292,21 @@ def test_logs_evaluations_and_checkpoints_come_at_their_steps(
     saes = one_of_each(log_freq=3, perf_log_freq=4, checkpoint_freq=checkpoint_freq)
     store, log = Store(saes[0].cfg), Recorder()
     results = train(saes, store, log)
-    assert results == [{"l0": 3, "explained_variance": 0.5}] * 4
+    assert results == [{"l0": 3, "explained_variance": 0.5}] * len(saes)
     out, err = capfd.readouterr()
     *evaluations, speed = out.splitlines()
     for line, n, step in zip(evaluations, (1, 2), (4, 8), strict=True):
         assert re.fullmatch(rf"step {step}, \d\d:\d\d left: L0 {n}, expl\. var\. 0\.5", line)
-    assert speed.startswith("4 SAEs: ") and len(speed) <= 80 and err == "", "no bar where there is no terminal"
+    assert speed.startswith(f"{len(saes)} SAEs: ") and len(speed) <= 80 and err == "", (
+        "no bar where there is no terminal"
+    )
     assert log.checkpoints == [(sae, step) for step in checkpoints for sae in saes]
     assert all(tokens == step * B for _, step, tokens, _ in log.lines)
     logged = [(step, index) for index, step, _, metrics in log.lines if "train/loss" in metrics]
     evaluated = [(step, index, metrics) for index, step, _, metrics in log.lines if "train/loss" not in metrics]
-    assert logged == [(step, index) for step in (3, 6, 9, 10) for index in range(4)]
+    assert logged == [(step, index) for step in (3, 6, 9, 10) for index in range(len(saes))]
     assert [(step, i, metrics["eval/l0"]) for step, i, metrics in evaluated] == [
-        (step, i, n) for n, step in enumerate((4, 8, 10), start=1) for i in range(4)
+        (step, i, n) for n, step in enumerate((4, 8, 10), start=1) for i in range(len(saes))
     ]
     for index, step, _, metrics in log.lines:
         if "train/loss" in metrics:
@@ -404,7 +407,7 @@ def test_an_sae_whose_loss_or_gradient_is_not_finite_is_named_and_the_others_are
 ) -> None:
     saes, log = one_of_each(checkpoint_freq=2), Recorder()
     poison(saes[2], tensor)
-    match = f"^{saes[2].cfg.name}: step 5, {tensor}: not finite; .*; the other 3 SAEs were saved$"
+    match = f"^{saes[2].cfg.name}: step 5, {tensor}: not finite; .*; the other {len(saes) - 1} SAEs were saved$"
     with pytest.raises(FloatingPointError, match=match):
         train(saes, Store(saes[0].cfg), log)
     assert [step for sae, step in log.checkpoints if sae is saes[2]] == [2, 4]
@@ -506,7 +509,7 @@ def test_a_run_that_is_out_of_memory_goes_on_to_the_same_end(
         return [line for log in logs for line in log.lines if "eval/l0" in line[3]]
 
     monkeypatch.setattr(training, "evaluate", evaluate)
-    saes, troubled, resumed = (one_of_each(perf_log_freq=3, log_freq=2)[1:] for _ in range(3))
+    saes, troubled, resumed = (one_of_each(perf_log_freq=3, log_freq=2)[1:4] for _ in range(3))
     cfg, (log, before, after) = saes[0].cfg, (Recorder() for _ in range(3))
     results = train(saes, Store(cfg), log)
 
@@ -558,8 +561,10 @@ def test_training_on_a_language_model_learns(tiny_gpt2: Path, tiny_text: Path) -
         losses = [line[3]["train/loss"] for line in log.lines if line[0] == index and "train/loss" in line[3]]
         thirds = [sum(losses[i : i + 30]) for i in (0, 30, 60)]
         assert all(later < earlier for earlier, later in pairwise(thirds)), sae.cfg.sae_type
-        assert log.results[index]["explained_variance"] > 0.7
-        assert log.results[index]["ce_recovered"] > 0.9 and abs(log.results[index]["ce_degradation"]) < 0.1
+        nested = sae.cfg.sae_type == "matryoshka"  # which pays for its prefixes
+        assert log.results[index]["explained_variance"] > (0.6 if nested else 0.7)
+        assert log.results[index]["ce_recovered"] > 0.9
+        assert abs(log.results[index]["ce_degradation"]) < (0.15 if nested else 0.1)
         assert_close(sae.W_dec.norm(dim=1), torch.ones(64), rtol=0, atol=1e-6)
 
 
@@ -587,7 +592,7 @@ def test_saes_are_placed_on_the_devices_in_turn(no_model: None, monkeypatch: pyt
     saes = one_of_each()
     moved.clear()
     train(saes, Store(saes[0].cfg))
-    assert moved == list(zip(saes, [*gpus[:2], *gpus[:2]]))
+    assert moved == list(zip(saes, itertools.cycle(gpus[:2])))
 
 
 def test_with_a_process_for_each_gpu_none_takes_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
