@@ -29,8 +29,10 @@ from typing import IO
 import rank_jobs
 import torch
 import torch.distributed as dist
+import transformer_lens.model_bridge  # noqa: F401
 
 import main
+import sweep  # noqa: F401
 from runtime import disk
 
 WATCH = os.WEXITED | os.WNOHANG | os.WNOWAIT

@@ -285,11 +285,12 @@ def test_torchrun_ends_the_others_when_one_dies(fork_all: ForkAll, place: Place,
         once_there(run, cwd, "runs/*/*/step-000020")
         (killed,) = (process for process, rank in processes_in(cwd).items() if rank == "1")
         os.kill(killed, signal.SIGKILL)
-        _, err = run.communicate(timeout=60)
+        _, err = run.communicate(timeout=240)
     assert run.returncode == 1 and processes_in(cwd) == {}
     assert f"main.py: rank 0: {GONE}" in err or share == "saes"
     folder = sweep_folder(cwd)
-    assert 14 <= load_state(folder / "resume.safetensors")["step"] < 120
+    least = 14 if share == "batches" else 1  # of SAEs shared out, the first process may have only begun
+    assert least <= load_state(folder / "resume.safetensors")["step"] < 120
     together(fork_all, "--resume", str(folder), processes=2, cwd=cwd)
     alone = place()
     if share == "saes":
@@ -302,7 +303,7 @@ def test_torchrun_stops_when_asked_and_resumes(place: Place, untroubled: dict) -
     with torchrun(*SMALL, cwd=cwd) as run:
         once_there(run, cwd, "runs/*/*/step-000020")
         run.terminate()
-        out, err = run.communicate(timeout=60)
+        out, err = run.communicate(timeout=240)
     folder = sweep_folder(cwd)
     assert f"to go on: torchrun ... main.py --resume {folder.relative_to(cwd)}" in out, err
     assert processes_in(cwd) == {}
