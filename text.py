@@ -123,7 +123,7 @@ def held_out_windows(
 
 @dataclass
 class TextPosition:
-    """Where a TextStream stands: all that its next windows depend on."""
+    """Hold all that the next windows of a TextStream depend on."""
 
     epoch: int
     rng: random.Random
@@ -185,7 +185,7 @@ class TextStream:
 
     @property
     def position(self) -> TextPosition:
-        """Where the stream stands now; reading on does not change it."""
+        """A copy of where the stream stands now, which reading on does not change."""
         return self._at.copy()
 
     def next_windows(self, count: int) -> Int[Tensor, "count seq_len"]:

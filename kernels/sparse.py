@@ -33,7 +33,7 @@ BAGGED_LATENTS = 1024  # whose gradient is made in a CPU's cache before it is co
 
 @dataclass(frozen=True)
 class Support:
-    """Which latents each row keeps, row after row (compressed sparse rows without the values)."""
+    """Hold which latents each row keeps, row after row (compressed sparse rows without the values)."""
 
     indices: Int[Tensor, "nnz"]
     offsets: Int[Tensor, "batch_plus_1"]
