@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,7 +17,8 @@ from torch import Tensor
 from config import Config
 from language_model import ordinary_positions, record
 from runtime import ranks
-from runtime.checks import explained, require
+from runtime.checks import explained
+from runtime.machine import check_buffer, send
 from text import TextPosition, TextStream, held_out_windows
 
 if TYPE_CHECKING:  # importing it takes ten seconds
@@ -40,7 +40,6 @@ class _Progress:
     spill: ByHook  # [rows, act_size] that found no slot yet
     row_sum: ByHook  # [act_size], of all rows so far
     rows: int
-    tokens_seen: int
 
 
 class ActivationsStore:
@@ -60,7 +59,7 @@ class ActivationsStore:
         self.batch_size = cfg.batch_size // ranks.count()
         widths = {hook: c.act_size for c in cfgs for hook in (*c.reads, *c.writes)}
         self._device, dtype = cfg.torch_device, getattr(torch, cfg.dtype)
-        self._check_memory(sum(widths.values()) * dtype.itemsize)
+        check_buffer(cfg, self.capacity, sum(widths.values()) * dtype.itemsize)
         make = dict(dtype=dtype, device=self._device)
         self._buffers = {hook: torch.empty(self.capacity, width, **make) for hook, width in widths.items()}
         self._rng = torch.Generator().manual_seed(cfg.seed)
@@ -69,7 +68,7 @@ class ActivationsStore:
             self._order = torch.arange(self.capacity, device=self._device)
             self._served = self.capacity
             zeros = {h: torch.zeros(w, dtype=torch.float64, device=self._device) for h, w in widths.items()}
-            self._progress = _Progress(None, {h: b[:0] for h, b in self._buffers.items()}, zeros, 0, 0)
+            self._progress = _Progress(None, {h: b[:0] for h, b in self._buffers.items()}, zeros, 0)
         else:
             self._load(state)
         position = self._progress.text
@@ -99,15 +98,13 @@ class ActivationsStore:
         """All that the next batches depend on, once a first one was served: CPU tensors, and what JSON can hold."""
         progress = self._progress
         assert progress.text is not None, "nothing read yet"
-        return {
+        return vars(progress) | {
             "order": self._order.cpu(),
             "unread": {hook: self._unread(buffer) for hook, buffer in self._buffers.items()},
             "rng": self._rng.get_state(),
             "text": progress.text.to_state(),
             "spill": {hook: rows.cpu() for hook, rows in progress.spill.items()},
             "row_sum": {hook: total.cpu() for hook, total in progress.row_sum.items()},
-            "rows": progress.rows,
-            "tokens_seen": progress.tokens_seen,
         }
 
     def _unread(self, buffer: Float[Tensor, "capacity act_size"]) -> Float[Tensor, "rows act_size"]:
@@ -129,7 +126,7 @@ class ActivationsStore:
             for name in ("spill", "row_sum")
         }
         position = TextPosition.from_state(state["text"])
-        self._progress = _Progress(position, rows=state["rows"], tokens_seen=state["tokens_seen"], **on_device)
+        self._progress = _Progress(position, rows=state["rows"], **on_device)
 
     @property
     def mean(self) -> dict[str, Float[Tensor, "act_size"]]:
@@ -137,26 +134,9 @@ class ActivationsStore:
         rows = ranks.mean(torch.tensor(float(self._progress.rows), dtype=torch.float64, device=self._device))
         return {hook: (ranks.mean(total) / rows).float() for hook, total in self._progress.row_sum.items()}
 
-    @property
-    def tokens_seen(self) -> int:
-        """Tokens the language model has read for training, special ones included."""
-        return self._progress.tokens_seen
-
     def held_out_tokens(self) -> Int[Tensor, "window pos"]:
         """Choose cfg.eval_windows windows of the held-out text; see `held_out_windows`."""
         return held_out_windows(self.cfg, self.model.tokenizer, self.cfg.eval_windows, HELD_OUT_CHOICE)
-
-    def _check_memory(self, row_bytes: int) -> None:
-        """Refuse buffers that do not fit, before the system kills the process for them."""
-        cfg = self.cfg
-        copies = 1 if self._device.type == "cuda" else 2  # one more while its state is saved
-        needed, free = copies * self.capacity * row_bytes, _free_memory(self._device)
-        require(
-            needed <= free,
-            f"num_batches_in_buffer = {cfg.num_batches_in_buffer}: the buffer (and, on a CPU, a copy to save it)"
-            f" takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free; give at most"
-            f" {cfg.num_batches_in_buffer * free // needed}, or lower model_batch_size = {cfg.model_batch_size}",
-        )
 
     def _refill(self) -> None:
         """Write new rows into the slots already served, then shuffle all unread rows."""
@@ -171,7 +151,7 @@ class ActivationsStore:
             progress = replace(progress, spill={hook: rows[len(slots) :] for hook, rows in progress.spill.items()})
             filled += len(slots)
         # Only now: had reading failed above, all would still be as it was.
-        self._order = _send(torch.randperm(self.capacity, generator=self._rng), self._device)
+        self._order = send(torch.randperm(self.capacity, generator=self._rng), self._device)
         self._served, self._progress = 0, progress
 
     def _new_rows(self, progress: _Progress) -> _Progress:
@@ -184,31 +164,17 @@ class ActivationsStore:
         lower = f"give {max(1, size // 2)}, or lower seq_len = {self.cfg.seq_len} or num_batches_in_buffer = {buffer}"
         problem = f"model_batch_size = {size}: out of memory on {self._device}"
         with explained(problem, torch.OutOfMemoryError, remedy=lower):
-            acts = record(self.model, _send(tokens, self._device), list(self._buffers))
-        kept = _send(kept, self._device)
+            acts = record(self.model, send(tokens, self._device), list(self._buffers))
+        kept = send(kept, self._device)
         rows = {hook: acts[hook].flatten(0, 1)[kept] for hook in self._buffers}
         return _Progress(
             text=position,
             spill=rows,
             row_sum={hook: progress.row_sum[hook] + r.sum(dim=0, dtype=torch.float64) for hook, r in rows.items()},
             rows=progress.rows + len(kept),
-            tokens_seen=progress.tokens_seen + tokens.numel(),
         )
 
 
 def _read(stream: TextStream, windows: int) -> tuple[Int[Tensor, "window pos"], TextPosition]:
     """Read the next windows of a text, and where it stands after them."""
     return stream.next_windows(windows), stream.position
-
-
-def _free_memory(device: torch.device) -> int:
-    """Count the bytes that can still be allocated on the device, as far as the system tells."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available // ranks.local_size()
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without having the host wait for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -20,7 +20,7 @@ from torch import Tensor
 from config import Config
 from runtime.checks import explained, parse_json, require
 from runtime.disk import save_tensors, write_durably
-from sae import SAE_TYPES, BaseAutoencoder
+from sae import SAE_TYPES, BaseAutoencoder, build_sae
 
 CFG, WEIGHTS, COUNTERS = "cfg.json", "sae_weights.safetensors", "counters.safetensors"
 SAE_LENS_VERSION = "6.0.0"  # of the format; without it SAELens reads cfg.json as an older one and drops the metadata
@@ -50,7 +50,7 @@ def save_checkpoint(sae: BaseAutoencoder, path: str | Path) -> None:
         cfg["sha256"] = {file: _sha256(folder / file) for file in files}
         (folder / CFG).write_text(json.dumps(_signed(cfg), indent=2))
 
-    write_durably(path, write, size=sum(t.nbytes for tensors in files.values() for t in tensors.values()) + 2**13)
+    write_durably(path, write)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> BaseAutoencoder:
@@ -79,7 +79,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Bas
     size, least = (path / WEIGHTS).stat().st_size, 4 * cfg.act_size * cfg.dict_size
     truncated = f"{path / WEIGHTS}: truncated: it has {size:,} bytes, by {CFG} at least {least:,}"
     require(size >= least, truncated)  # no memory is asked for that the file could not fill
-    sae = SAE_TYPES[cfg.sae_type](cfg)
+    sae = build_sae(cfg)
     state: dict[str, Tensor] = {}
     for file, like in _tensors(sae).items():
         tensors = _read_tensors(path / file)
@@ -93,7 +93,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Bas
     if state["W_dec"].dtype == torch.float64:
         sae.double()
     sae.load_state_dict(state)
-    return sae.to(device).eval()
+    return sae.eval()
 
 
 def read_json(file: Path) -> dict[str, Any]:

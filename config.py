@@ -14,22 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from runtime.checks import (
-    AtLeastTwo,
-    Decay,
-    Device,
-    Name,
-    Natural,
-    NonNegative,
-    OneOf,
-    Positive,
-    PositiveReal,
-    Project,
-    Share,
-    Shares,
-    checked,
-    require,
-)
+from runtime import checks
+from runtime.checks import OneOf, require
 
 if TYPE_CHECKING:
     import torch
@@ -39,18 +25,12 @@ class SaeType(NamedTuple):
     """What tables, figures, checkpoints and help texts need to know of a type."""
 
     label: str
-    colour: str
-    """Colour of its lines, from Okabe and Ito's palette for colour-blind eyes."""
-    sparsity: str
-    """The field of Config that sets its L0."""
-    symbol: str
-    """That field in tables and names."""
-    fields: tuple[str, ...]
-    """The fields of Config that it uses and some other type does not."""
-    sae_lens: str
-    """The architecture as which SAELens opens its checkpoints."""
-    sae_lens_fields: tuple[tuple[str, str], ...] = ()
-    """SAELens' further fields, and the field of Config that each is taken from."""
+    colour: str  # of its lines, from Okabe and Ito's palette for colour-blind eyes
+    sparsity: str  # the field of Config that sets its L0
+    symbol: str  # of that field, in tables and names
+    fields: tuple[str, ...]  # of Config, that it uses and some other type does not
+    sae_lens: str  # the architecture as which SAELens opens its checkpoints
+    sae_lens_fields: tuple[tuple[str, str], ...] = ()  # SAELens' name of a further field, and ours
 
 
 _AUXK = ("top_k", "top_k_aux", "aux_penalty")
@@ -80,31 +60,31 @@ SITES = {
 class Stream:
     """the activations"""
 
-    model_name: Name = "tiny-lm"
+    model_name: checks.Name = "tiny-lm"
     """Language model: "tiny-lm" (embedded), a Hugging Face name, or a local folder in its format."""
-    layer: Natural = 2
+    layer: checks.Natural = 2
     """Block whose activations are read, counted from 0."""
     site: Annotated[str, OneOf(SITES)] = "resid_pre"
     """Place in the block: resid_pre, resid_mid, resid_post, attn_out, mlp_out or z (all heads, concatenated)."""
-    dataset_path: Name = "python-stdlib"
+    dataset_path: checks.Name = "python-stdlib"
     """Text: "python-stdlib", a Hub data set, or local .py, .txt, .jsonl or .parquet files (path, folder or glob)."""
     dataset_name: str | None = None
     """Configuration of a Hub data set that has several, such as "sample-10BT" of fineweb."""
-    seq_len: AtLeastTwo = 128
+    seq_len: checks.AtLeastTwo = 128
     """Tokens in a context window, the BOS that starts it included."""
-    model_batch_size: Positive = 32
+    model_batch_size: checks.Positive = 32
     """Windows in one forward pass of the language model."""
-    num_batches_in_buffer: AtLeastTwo = 16
+    num_batches_in_buffer: checks.AtLeastTwo = 16
     """Batches of the language model that the activation buffer holds; more mix the rows better."""
-    act_size: Positive | None = None
+    act_size: checks.Positive | None = None
     """Width of the activations; found from the model and the site when not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the language model and the activation buffer. The SAE's own numbers are float32."""
-    seed: Natural = 0
+    seed: checks.Natural = 0
     """Seed of the initial weights, of the order of the text and of the shuffling of the activations."""
-    num_tokens: Positive = 1_000_000
+    num_tokens: checks.Positive = 1_000_000
     """Activations to train on."""
-    batch_size: Positive = 2048
+    batch_size: checks.Positive = 2048
     """Activations in one training step."""
 
 
@@ -113,24 +93,24 @@ class Dictionary:
     """the autoencoder"""
 
     sae_type: Annotated[str, OneOf(TYPES)] = "batchtopk"
-    """How latents are chosen: vanilla (L1), topk, batchtopk or jumprelu."""
-    dict_size: Positive = 2048
+    """How latents are chosen, and which losses are added."""
+    dict_size: checks.Positive = 2048
     """Number of latents."""
-    top_k: Positive = 32
+    top_k: checks.Positive = 32
     """Latents kept per token: exactly by topk, on average by batchtopk."""
-    l1_coeff: NonNegative = 0.0
+    l1_coeff: checks.NonNegative = 0.0
     """Sparsity coefficient: of the L1 norm for vanilla, of L0 for jumprelu."""
-    bandwidth: PositiveReal = 0.001
+    bandwidth: checks.PositiveReal = 0.001
     """JumpReLU: width of the straight-through window, for activations of norm 1; scaled to the actual norm."""
-    threshold_init: NonNegative = 0.001
+    threshold_init: checks.NonNegative = 0.001
     """JumpReLU: threshold before training, for activations of norm 1; scaled to the actual norm."""
-    prefixes: Shares = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    prefixes: checks.Shares = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """Matryoshka: the first latents, as shares of dict_size, that must reconstruct on their own; written 0.25,0.5,1."""
-    top_k_aux: Positive = 256
+    top_k_aux: checks.Positive = 256
     """Dead latents kept per token to explain what the live ones left over (AuxK; topk and batchtopk)."""
-    aux_penalty: NonNegative = 1 / 32
+    aux_penalty: checks.NonNegative = 1 / 32
     """Weight of the AuxK loss."""
-    dead_after_tokens: Positive | None = None
+    dead_after_tokens: checks.Positive | None = None
     """A latent is dead once it has not fired for this many tokens; 10 million, or half a shorter run, by default."""
     product_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder product. Weights, losses and Adam stay in float32."""
@@ -142,19 +122,19 @@ class Dictionary:
 class Optimisation:
     """training"""
 
-    lr: PositiveReal = 3e-4
+    lr: checks.PositiveReal = 3e-4
     """Peak learning rate of Adam."""
-    beta1: Decay = 0.9
+    beta1: checks.Decay = 0.9
     """Adam's decay of the mean gradient."""
-    beta2: Decay = 0.99
+    beta2: checks.Decay = 0.99
     """Adam's decay of the mean squared gradient."""
-    max_grad_norm: PositiveReal = 1.0
+    max_grad_norm: checks.PositiveReal = 1.0
     """Gradients with a larger L2 norm, over all parameters together, are scaled down to it."""
-    lr_warmup: Share = 0.05
+    lr_warmup: checks.Share = 0.05
     """Share of the steps over which the learning rate rises linearly from 0."""
-    lr_decay: Share = 0.2
+    lr_decay: checks.Share = 0.2
     """Share of the steps over which, at the end, the learning rate falls linearly to 0."""
-    sparsity_warmup: Share = 0.1
+    sparsity_warmup: checks.Share = 0.1
     """Share of the steps over which l1_coeff rises linearly from 0."""
 
 
@@ -162,25 +142,25 @@ class Optimisation:
 class Run:
     """the run, which changes no result"""
 
-    device: Device = "auto"
+    device: checks.Device = "auto"
     """torch device of the model and the SAEs; "auto" takes a GPU when there is one."""
-    wandb_project: Project = "nn-decompositions"
+    wandb_project: checks.Project = "nn-decompositions"
     """Weights & Biases project."""
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"
     """offline needs no key and no network; online sends the runs; disabled writes nothing for W&B."""
-    log_freq: Positive = 50
+    log_freq: checks.Positive = 50
     """Steps between two log lines of the training metrics."""
-    perf_log_freq: Positive = 1000
+    perf_log_freq: checks.Positive = 1000
     """Steps between two evaluations on held-out text (one more at the end)."""
-    eval_windows: Positive = 64
+    eval_windows: checks.Positive = 64
     """Held-out context windows of one evaluation."""
-    checkpoint_freq: Positive | None = None
+    checkpoint_freq: checks.Positive | None = None
     """Steps between two checkpoints; the end only when not given."""
-    resume_freq: Positive | None = None
+    resume_freq: checks.Positive | None = None
     """Steps between two writes of the file from which a run resumes; as many as cost 1% of its time when not given."""
     share: Literal["batches", "saes"] = "batches"
     """What the processes of torchrun share out: every batch (data parallel), or the SAEs, each whole on one of them."""
-    output_dir: Name = "runs"
+    output_dir: checks.Name = "runs"
     """Folder under which a run's folder is made."""
 
 
@@ -196,7 +176,7 @@ class Config(Run, Optimisation, Dictionary, Stream):
 
     def __post_init__(self) -> None:
         for field, hint in HINTS.items():
-            object.__setattr__(self, field, checked(field, getattr(self, field), hint))
+            object.__setattr__(self, field, checks.checked(field, getattr(self, field), hint))
         self._require(
             "lr_decay", self.lr_warmup + self.lr_decay <= 1, f"lr_warmup is {self.lr_warmup}; at most 1 in all"
         )

@@ -191,7 +191,7 @@ def evaluate(
     Processes that share batches share the windows too: all must call this, and all get the metrics of the whole.
     Raises: ValueError when tokens or mean do not fit the model, or no position can be measured.
     """
-    _check_tokens(model, tokens)
+    check_tokens(model, tokens)
     act_size, hook = saes[0].cfg.act_size, saes[0].cfg.hook_name
     fits = mean.shape == (act_size,) and mean.isfinite().all()
     require(fits, f"mean = {mean.dtype} {list(mean.shape)}: give {act_size} finite numbers, the store's mean")
@@ -202,7 +202,7 @@ def evaluate(
     of_saes = [Averages({metric.__name__: zero for metric in (*OF_ROWS, *OF_PREDICTIONS)}) for _ in saes]
     share = tokens[ranks.rank() :: ranks.count()].to(mean.device)
     with evaluation_mode(*saes):
-        for batch in _batches(share, model.cfg.d_vocab):
+        for batch in batches(share, model.cfg.d_vocab):
             replaced = ordinary_positions(batch, model.tokenizer)
             counted = replaced[:, :-1]  # the last position of a window predicts nothing that is known
             if not counted.any():
@@ -233,27 +233,8 @@ def evaluate(
     return [_finish(sae, means | averages.means(), DERIVED) for sae, averages in zip(saes, of_saes)]
 
 
-@torch.no_grad()
-def feature_density(
-    sae: BaseAutoencoder, model: "TransformerBridge", tokens: Int[Tensor, "window pos"]
-) -> Float[Tensor, "dict_size"]:
-    """Find the share of ordinary positions at which each latent fires, in evaluation; the shares sum to L0.
-
-    Raises: ValueError when the tokens do not fit the model or are special ones only.
-    """
-    _check_tokens(model, tokens)
-    device, hook = sae.W_dec.device, sae.cfg.hook_name
-    fired, positions = torch.zeros(sae.cfg.dict_size, dtype=torch.int64, device=device), 0
-    for batch in _batches(tokens.to(model.cfg.device), sae.cfg.dict_size):
-        ordinary = ordinary_positions(batch, model.tokenizer)
-        if ordinary.any():
-            fired += (sae.encode(record(model, batch, [hook])[hook][ordinary].to(device)) > 0).sum(dim=0)
-            positions += int(ordinary.sum())
-    require(positions, f"tokens = {list(tokens.shape)}: special ones only; give text")
-    return fired / positions
-
-
-def _check_tokens(model: "TransformerBridge", tokens: Tensor) -> None:
+def check_tokens(model: "TransformerBridge", tokens: Tensor) -> None:
+    """Raise ValueError when they are not windows of tokens that the model knows."""
     context, vocab, said = model.cfg.n_ctx, model.cfg.d_vocab, f"tokens = {tokens.dtype} {list(tokens.shape)}"
     windows = tokens.dtype == torch.int64 and tokens.ndim == 2 and len(tokens) and 2 <= tokens.shape[1] <= context
     require(windows, f"{said}: give int64 [window, pos], at least one window of 2 to {context} tokens")
@@ -262,6 +243,6 @@ def _check_tokens(model: "TransformerBridge", tokens: Tensor) -> None:
     require(0 <= low <= high < vocab, known)
 
 
-def _batches(tokens: Int[Tensor, "window pos"], width: int) -> Iterator[Int[Tensor, "window pos"]]:
+def batches(tokens: Int[Tensor, "window pos"], width: int) -> Iterator[Int[Tensor, "window pos"]]:
     """Split windows so that so many numbers for each position, logits or latents, are not too many."""
     yield from tokens.split(max(1, MAX_LOGITS // (tokens.shape[1] * width)))

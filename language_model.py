@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from einops import rearrange
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils.logging import set_verbosity_error
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from config import SITES, Config
 from runtime.checks import explained, require
@@ -37,6 +39,8 @@ def check_model(cfg: Config) -> Config:
     Raises: ValueError when it is no language model, or layer, seq_len or act_size do not fit it; OSError when there is
     no such model.
     """
+    set_verbosity_error()  # retries are a line each
+    disable_progress_bar()
     source, said = model_source(cfg.model_name), f"model_name = {cfg.model_name!r}:"
     problem = "has no good config.json" if os.path.exists(source) else "found neither in a folder nor on the Hub"
     wrong = (OSError, ValueError, StrictDataclassError)

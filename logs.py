@@ -10,13 +10,10 @@ runs/<sweep>/                  one folder a sweep; W&B's offline files lie in it
         step-000195/           a checkpoint, which SAELens' `SAE.load_from_disk` opens as it is
 """
 
-import contextlib
 import json
 import os
-import secrets
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -34,7 +31,7 @@ from sae import BaseAutoencoder
 __all__ = ["RunLog", "begin_sweep", "load_checkpoint", "load_progress", "read_sweep", "save_checkpoint"]
 
 SWEEP, RESUME, METRICS = "sweep.json", "resume.safetensors", "metrics.jsonl"
-WANDB_SECONDS = 60
+AT_THE_END = {"finish_timeout": 60.0, "finish_timeout_raises": True}  # seconds that W&B is waited for
 
 
 def begin_sweep(folder: Path, cfgs: list[Config]) -> None:
@@ -56,6 +53,7 @@ def read_sweep(folder: Path) -> list[Config]:
     with explained(f"{file}: damaged", ValueError, TypeError, KeyError, remedy="begin the sweep anew"):
         sweep = json.loads(file.read_text())
         cfgs, processes = [Config(**fields) for fields in sweep["configs"]], int(sweep["processes"])
+        require(cfgs, "no Configs")
     how = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python main.py, without torchrun"
     begun = f"{folder}: begun by {processes} processes, not {ranks.world_size()}; resume it with as many: {how}"
     require(processes == ranks.world_size(), begun)
@@ -117,36 +115,36 @@ class RunLog:
         self._runs = self._begin_wandb(cfgs)
 
     def _begin_wandb(self, cfgs: list[Config]) -> list[Run | None]:
-        runs: list[Run | None] = []
-        offline = False
+        """Begin each SAE's run, or go on with it; offline once the service cannot be used."""
+        asked = os.environ.get("WANDB_RUN_ID")  # by `wandb agent`; wandb.init reads it
+        several = f"WANDB_RUN_ID = {asked!r}: one run, and {len(cfgs)} SAEs; give fields one value each, or unset it"
+        require(asked is None or len(self._folders) <= 1, several)
+        mode, runs = cfgs[0].wandb_mode, []
         for cfg, sae_folder in zip(cfgs, self._folders):
             id_file = sae_folder / "wandb_id"
-            run = None
-            for mode in dict.fromkeys(["offline"] if offline else [cfg.wandb_mode, "offline"]):
-                if not id_file.exists():
-                    # The first SAE is the run that `wandb agent` asked for; what it asks for has one.
-                    of_agent = os.environ.pop("WANDB_RUN_ID", None) if ranks.world_rank() == 0 else None
-                    write_durably(id_file, (of_agent or secrets.token_hex(8)).encode())
-                try:
-                    run = wandb.init(
-                        project=cfg.wandb_project,
-                        name=cfg.name,
-                        id=id_file.read_text(),
-                        resume="allow",
-                        group=self.folder.name,
-                        config=cfg.to_dict(),
-                        mode=mode,
-                        dir=self.folder,
-                        reinit="create_new",
-                        settings=wandb.Settings(silent=True, disable_git=True, console="off"),
-                    )
-                    break
-                except Exception as error:  # of a service out of our hands
-                    offline = True
-                    id_file.unlink()  # its service keeps the id of a run that it could not begin
-                    tqdm.write(f"W&B cannot be used as {mode} ({one_line(error)}); metrics are also in {METRICS}")
+            try:
+                run = self._begin_run(cfg, id_file.read_text() if id_file.exists() else None, mode)
+            except Exception as error:  # of a service out of our hands, which keeps the id of a run it could not begin
+                tqdm.write(f"W&B cannot be used as {mode} ({one_line(error)}); metrics are also in {METRICS}")
+                mode = "offline"
+                run = self._begin_run(cfg, None, mode)
+            write_durably(id_file, run.id.encode())
             runs.append(run)
         return runs
+
+    def _begin_run(self, cfg: Config, run_id: str | None, mode: str) -> Run:
+        return wandb.init(
+            project=cfg.wandb_project,
+            name=cfg.name,
+            id=run_id,
+            resume="allow",
+            group=self.folder.name,
+            config=cfg.to_dict(),
+            mode=mode,
+            dir=self.folder,
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, disable_git=True, console="off", **AT_THE_END),
+        )
 
     def log(self, index: int, step: int, tokens: int, metrics: dict[str, float]) -> None:
         """Write down metrics of the SAE cfgs[index] after `step` steps, `tokens` activations."""
@@ -194,17 +192,8 @@ class RunLog:
                 file.unlink()
 
     def close(self) -> None:
-        """End the W&B runs, waiting for a slow service no longer than a minute."""
-        threads = [Thread(target=_finish, args=[run], daemon=True) for run in self._runs if run is not None]
-        for thread in threads:
-            thread.start()
-        until = time.monotonic() + WANDB_SECONDS
-        for thread in threads:
-            thread.join(max(0, until - time.monotonic()))
-        if any(thread.is_alive() for thread in threads):
+        """End the W&B runs, without waiting for a slow service longer than a minute."""
+        with ThreadPoolExecutor() as threads:
+            ends = [threads.submit(run.finish) for run in self._runs if run is not None]
+        if any(end.exception() for end in ends):
             tqdm.write(f"W&B is slow: what it has not been sent lies in {self.folder}/wandb; use `wandb sync`")
-
-
-def _finish(run: Run) -> None:
-    with contextlib.suppress(Exception):
-        run.finish()

@@ -9,7 +9,7 @@ from runtime import cli
 
 
 class StopAfterStep:
-    """Note, while active, whether SIGTERM or Ctrl-C asked to stop; a call after each step tells.
+    """Note whether SIGTERM or Ctrl-C asked to stop; a call after each step tells.
 
     A second Ctrl-C stops at once, as does one before the first step, where there is nothing to save: KeyboardInterrupt.
     Not so where processes wait for each other: some of them would have begun.
@@ -17,18 +17,12 @@ class StopAfterStep:
 
     def __init__(self, processes: int) -> None:
         self.asked, self.has_begun = False, processes > 1
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
 
     def __call__(self) -> bool:
         self.has_begun = True
         return self.asked
-
-    def __enter__(self) -> "StopAfterStep":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and (self.asked or not self.has_begun):
@@ -59,8 +53,9 @@ def main(words: list[str]) -> int:
             sweep.estimate(cfgs)
             return 0
         cfgs, folder = sweep.resume(Path(options.resume)) if options.resume else sweep.start(options.sweep, cfgs)
-        with StopAfterStep(processes) as stop:
-            sweep.run(cfgs, folder, stop)
+        stopped = sweep.run(cfgs, folder, StopAfterStep(processes))
+        if stopped is not None:
+            print(f"{stopped}; {_how_to_go_on(folder)}")
         return 0
     except KeyboardInterrupt:
         if rank == 0:

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import textwrap
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,19 +165,26 @@ def _number(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.1e}"
 
 
-def table(options: Namespace) -> None:
-    """Print the table of trained SAEs, and write results.csv and the figures."""
-    df = load_results(options.source, group=options.group)
-    print(format_table(df), flush=True)
+def report(source: str, group: str | None = None) -> None:
+    """Print the table of trained SAEs, write it and its figures, and say what lies where.
+
+    They lie in the folder `source`, in that of the one sweep, or for W&B in the current one. Raises what `load_results`
+    does.
+    """
+    df = load_results(source, group=group)
+    print(f"\n{format_table(df)}\n", flush=True)
     folder, history, cosines = Path.cwd(), None, []
-    if not options.source.startswith("wandb:"):
-        source = Path(options.source)
-        folder = source / options.group if options.group and (source / options.group).is_dir() else source
-        history, cosines = load_history(source, group=options.group), decoder_cosines(df)
+    if not source.startswith("wandb:"):
+        folder = next(path for path in (Path(source, group or ""), Path(source)) if path.is_dir())
+        history, cosines = load_history(source, group=group), decoder_cosines(df)
     df.to_csv(folder / "results.csv", index=False)
-    figures = save_figures(df, folder, history, cosines)
-    drawn = f"and, as .png and .pdf,\n{', '.join(path.stem for path in figures[::2])}" if figures else "(no figure yet)"
-    print(f"\nwritten in {folder}: results.csv {drawn}")
+    print(f"table        {folder / 'results.csv'}")
+    if saved := df["checkpoint"].notna().sum():
+        print(f"checkpoints  {folder}/<name>/step-*  ({saved})")
+    if any(folder.glob("wandb/offline-run-*")):
+        print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
+    for figure in save_figures(df, folder, history, cosines)[::2]:
+        print(f"figure       {figure}, .pdf")
 
 
 def main(words: list[str]) -> None:
@@ -187,7 +194,8 @@ def main(words: list[str]) -> None:
 
         command(words[1:])
     else:
-        table(table_parser().parse_args(words))
+        options = table_parser().parse_args(words)
+        report(options.source, options.group)
 
 
 def table_parser() -> Parser:

@@ -61,24 +61,19 @@ class Normalised(NamedTuple):
     mean: Float[Tensor, "batch 1"] | float
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+class Lent(NamedTuple):
+    """What a trainer lends an SAE for as long as it trains it; by default there is no other process, and no memory."""
+
+    processes: int = 1
+    mean: Callable[[Tensor], Tensor] = lambda tensor: tensor  # over the processes that share a batch
+    any: Callable[[Tensor], Tensor] = lambda flags: flags
+    num_dead: Callable[[], int | None] = lambda: None  # None where counting does not mean waiting for the device
+    memory: GradientMemory = GradientMemory()
+    unit_rows: bool = False  # whether the decoder rows are kept at norm 1, so that no loss needs their norms
 
 
-def unknown() -> None:
-    """Leave a number to be counted."""
-
-
-class Processes(NamedTuple):
-    """What an SAE asks of the other processes that share its batches; by default there are none."""
-
-    count: int = 1
-    mean: Callable[[Tensor], Tensor] = _as_it_is
-    any: Callable[[Tensor], Tensor] = _as_it_is
-
-
-class DeadRows(NamedTuple):
-    """The encoder's and the decoder's part of the dead latents."""
+class DeadLatents(NamedTuple):
+    """What the dead latents alone have of the weights."""
 
     W_enc: Float[Tensor, "act_size dead"]
     b_enc: Float[Tensor, "dead"]
@@ -94,13 +89,12 @@ class BaseAutoencoder(nn.Module):
     """
 
     sae_type: ClassVar[str]
-    uses_auxk: ClassVar[bool] = False
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         cfg = replace(cfg, sae_type=self.sae_type)
         require(cfg.act_size, "act_size = None: give the width of the activations, such as 768 for gpt2")
-        self.cfg = cfg
+        self.cfg, self.uses_auxk = cfg, "aux_penalty" in cfg.type.fields
         D, F = cfg.act_size, cfg.dict_size
         directions = torch.randn(F, D, generator=torch.Generator().manual_seed(cfg.seed))
         directions /= directions.norm(dim=1, keepdim=True)
@@ -109,13 +103,10 @@ class BaseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
-        self.register_buffer("input_scale", torch.zeros(()))  # 0 until initialise_from has seen a batch
-        # What a trainer sets while it trains.
-        self.l1_coeff = cfg.l1_coeff
-        self.processes = Processes()
-        self.gradient_memory = GradientMemory()
-        self.num_dead: Callable[[], int | None] = unknown  # tells it where counting would mean waiting for the device
-        self.unit_rows = False  # whether something keeps the decoder rows at norm 1, so that no loss needs their norms
+        # Set by initialise_from: before that it is 0, or less where b_dec is known but the scale is not.
+        self.register_buffer("input_scale", torch.zeros(()))
+        self.l1_coeff = cfg.l1_coeff  # a trainer lets it rise
+        self.lent = Lent()
 
     def extra_repr(self) -> str:
         cfg = self.cfg
@@ -145,7 +136,7 @@ class BaseAutoencoder(nn.Module):
         if code.support is None:
             decoded = code.acts @ W_dec
         else:
-            decoded = sparse.decode(code.acts, code.support, W_dec, self.gradient_memory)
+            decoded = sparse.decode(code.acts, code.support, W_dec, self.lent.memory)
         return (decoded + self.b_dec)[None]
 
     # ---- the shared computation ----
@@ -164,8 +155,8 @@ class BaseAutoencoder(nn.Module):
         if selection is None:
             pre, support = self._dense_product(z, W_enc, self.b_enc), None
         else:
-            support, memory = selection.support, self.gradient_memory
-            pre = sparse.pre_activations(z, W_enc, self.b_enc, self.b_dec, centred, selection, memory)
+            pre = sparse.pre_activations(z, W_enc, self.b_enc, self.b_dec, centred, selection, self.lent.memory)
+            support = selection.support
         code = SparseLatents(pre, pre, support)
         code = replace(code, acts=self.activate(code))
         code = replace(code, y_hats=self.reconstruct(code, W_dec))
@@ -178,7 +169,7 @@ class BaseAutoencoder(nn.Module):
     def encode(self, x: Float[Tensor, "*batch act_size"]) -> Float[Tensor, "*batch dict_size"]:
         """Compute latents, dense, as in evaluation whatever the mode: a row's latents do not depend on its batch."""
         self._check_input(x)
-        pre = self.dense_pre_activations(self.normalise(x.reshape(-1, x.shape[-1])).z)
+        pre = self._dense_product(self.normalise(x.reshape(-1, x.shape[-1])).z, self.W_enc, self.b_enc)
         return self.activate(SparseLatents(pre, pre, None)).view(*x.shape[:-1], -1)
 
     def decode(self, acts: Float[Tensor, "*batch dict_size"]) -> Float[Tensor, "*batch act_size"]:
@@ -193,11 +184,8 @@ class BaseAutoencoder(nn.Module):
         mean, std = x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True)
         return Normalised((x - mean) / (std + NORM_EPS), std, mean)
 
-    def dense_pre_activations(self, z: Float[Tensor, "batch act_size"]) -> Float[Tensor, "batch dict_size"]:
-        """Compute every pre-activation of normalised activations."""
-        return self._dense_product(z, self.W_enc, self.b_enc)
-
     def _dense_product(self, z: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+        """Compute every pre-activation of normalised activations."""
         centred, bias = z - self.b_dec, b_enc
         if not z.requires_grad:
             # b_dec's gradient by a vector, not a batch: what is subtracted is 0, its gradient is not.
@@ -221,21 +209,18 @@ class BaseAutoencoder(nn.Module):
         """Latents that have not fired for `cfg.dead_after` training tokens."""
         return self.tokens_since_fired >= self.cfg.dead_after
 
-    def _weights(self) -> tuple[Tensor, Tensor, DeadRows | None]:
+    def _weights(self) -> tuple[Tensor, Tensor, DeadLatents | None]:
         """Take the weights as a forward pass uses them; where AuxK is due, split off the rows of the dead latents."""
-        if not (self.uses_auxk and self.training):
-            return self.W_enc, self.W_dec, None
-        count = self.num_dead()
-        found = self.dead.nonzero() if count is None else torch.nonzero_static(self.dead, size=count)
-        dead = found.squeeze(1)
+        count = self.lent.num_dead() if self.uses_auxk and self.training else 0
+        dead = (self.dead.nonzero() if count is None else torch.nonzero_static(self.dead, size=count)).squeeze(1)
         if not len(dead):
             return self.W_enc, self.W_dec, None
         W_enc, W_enc_dead = (w.t() for w in sparse.split_rows(self.W_enc.t(), dead))
         W_dec, W_dec_dead = sparse.split_rows(self.W_dec, dead)
-        return W_enc, W_dec, DeadRows(W_enc_dead, self.b_enc[dead], W_dec_dead)
+        return W_enc, W_dec, DeadLatents(W_enc_dead, self.b_enc[dead], W_dec_dead)
 
     def _auxk(
-        self, z: Float[Tensor, "batch act_size"], error: Float[Tensor, "batch act_size"], dead: DeadRows
+        self, z: Float[Tensor, "batch act_size"], error: Float[Tensor, "batch act_size"], dead: DeadLatents
     ) -> Float[Tensor, ""]:
         """Have the dead latents alone explain the live ones' error: AuxK (Gao et al. 2024, appendix A.2).
 
@@ -255,8 +240,8 @@ class BaseAutoencoder(nn.Module):
             pre = sparse.pre_activations(z, dead.W_enc, dead.b_enc, self.b_dec, centred, selection)
             e_hat = sparse.decode(torch.relu(pre), selection.support, dead.W_dec)
         unexplained = (e_hat - error).pow(2).mean()
-        mean = self.processes.mean(error.mean(dim=0))
-        variance, power = self.processes.mean(torch.stack([(error - mean).pow(2).mean(), error.pow(2).mean()]))
+        mean = self.lent.mean(error.mean(dim=0))
+        variance, power = self.lent.mean(torch.stack([(error - mean).pow(2).mean(), error.pow(2).mean()]))
         # Less only where all rows are the same, or there is one; 0 where nothing is left to explain.
         least = (AUXK_LEAST_VARIANCE * power).clamp_min(torch.finfo(power.dtype).tiny)
         return (variance > least) * unexplained / variance.clamp_min(least)
@@ -265,20 +250,22 @@ class BaseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def initialise_from(self, x: Float[Tensor, "*batch act_size"]) -> None:
-        """Set b_dec to a batch's mean and input_scale to the rms distance of its rows from it, before the first step.
+        """Set input_scale to the rms distance of a batch's rows from their mean and, in a new SAE, b_dec to that mean.
 
         Raises ValueError on an x that `forward` refuses.
         """
         self._check_input(x)
         z = self.normalise(x.reshape(-1, x.shape[-1])).z
-        self.b_dec.copy_(self.processes.mean(z.mean(dim=0)))
-        self.input_scale.copy_(self.processes.mean((z - self.b_dec).pow(2).sum(dim=1).mean()).sqrt())
+        mean = self.lent.mean(z.mean(dim=0))
+        if self.input_scale == 0:
+            self.b_dec.copy_(mean)
+        self.input_scale.copy_(self.lent.mean((z - mean).pow(2).sum(dim=1).mean()).sqrt())
 
     @torch.no_grad()
     def after_step(self, code: SparseLatents) -> None:
         """Move the counters of dead latents by the tokens of a training step, whose latents these were."""
-        self.tokens_since_fired += len(code) * self.processes.count
-        self.tokens_since_fired.masked_fill_(self.processes.any(code.fired()), 0)
+        self.tokens_since_fired += len(code) * self.lent.processes
+        self.tokens_since_fired.masked_fill_(self.lent.any(code.fired()), 0)
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:
@@ -295,23 +282,20 @@ class BaseAutoencoder(nn.Module):
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
 
     @torch.no_grad()
-    def fold_decoder_norms(self) -> None:
+    def fold_decoder_norms(self) -> Float[Tensor, "dict_size"]:
         """Measure each latent in units of its decoder row's norm, so that the rows have norm 1 and training can begin.
 
-        The reconstruction stays what it was, except that TopK then ranks latents by what they add to it.
+        The reconstruction stays what it was, except that TopK then ranks latents by what they add to it. Returns the
+        factors by which the latents were multiplied: 1 where the norms were 1 already.
         """
         norms = self.W_dec.norm(dim=1)
-        if (norms - 1).abs().max() < UNIT:
-            return
         require(norms.all(), "W_dec has rows of zeros, which cannot be trained; give an SAE without them")
-        self.rescale_latents(norms)
-
-    @torch.no_grad()
-    def rescale_latents(self, factors: Float[Tensor, "dict_size"]) -> None:
-        """Multiply each latent by a factor above 0 and divide its decoder row by it."""
-        self.W_dec /= factors.unsqueeze(1)
-        self.W_enc *= factors
-        self.b_enc *= factors
+        if (norms - 1).abs().max() < UNIT:
+            return torch.ones_like(norms)
+        self.W_dec /= norms.unsqueeze(1)
+        self.W_enc *= norms
+        self.b_enc *= norms
+        return norms
 
 
 class VanillaSAE(BaseAutoencoder):
@@ -326,7 +310,7 @@ class VanillaSAE(BaseAutoencoder):
         return torch.relu(code.pre)
 
     def losses(self, z: Tensor, y: Tensor, code: SparseLatents) -> dict[str, Tensor]:
-        weighted = code.acts if self.unit_rows else code.acts * code.beside(self.W_dec.norm(dim=1))
+        weighted = code.acts if self.lent.unit_rows else code.acts * code.beside(self.W_dec.norm(dim=1))
         l1 = weighted.sum() / len(code)
         return super().losses(z, y, code) | {"l1": self.l1_coeff * l1}
 
@@ -335,7 +319,6 @@ class TopKSAE(BaseAutoencoder):
     """The k largest pre-activations of each token, where positive."""
 
     sae_type = "topk"
-    uses_auxk = True
 
     def select(self, centred: Tensor) -> Selection | None:
         return choose.topk(centred, self.W_enc, self.b_enc, self.cfg.top_k)
@@ -352,7 +335,6 @@ class BatchTopKSAE(BaseAutoencoder):
     """
 
     sae_type = "batchtopk"
-    uses_auxk = True
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
@@ -375,7 +357,7 @@ class BatchTopKSAE(BaseAutoencoder):
         kept = torch.where(code.acts > 0, code.acts, torch.inf)
         smallest = kept.amin() if kept.numel() else kept.new_tensor(torch.inf)
         fired = (smallest < torch.inf).to(smallest.dtype)
-        fired, smallest = self.processes.mean(torch.stack([fired, torch.where(fired > 0, smallest, 0)]))
+        fired, smallest = self.lent.mean(torch.stack([fired, torch.where(fired > 0, smallest, 0)]))
         self.threshold_updates += fired > 0
         weight = (1 - THRESHOLD_MEMORY) / (1 - THRESHOLD_MEMORY ** self.threshold_updates.clamp_min(1))
         self.threshold.lerp_(torch.where(fired > 0, smallest / fired, self.threshold), weight.to(self.threshold.dtype))
@@ -390,9 +372,9 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     sae_type = "matryoshka"
 
-    def __init__(self, cfg: Config) -> None:
-        super().__init__(cfg)
-        self.widths = sorted({max(1, round(share * cfg.dict_size)) for share in cfg.prefixes})
+    @property
+    def widths(self) -> list[int]:
+        return sorted({max(1, round(share * self.cfg.dict_size)) for share in self.cfg.prefixes})
 
     def reconstruct(self, code: SparseLatents, W_dec: Tensor) -> Float[Tensor, "nested batch d_out"]:
         if code.support is None:
@@ -400,7 +382,7 @@ class MatryoshkaSAE(BatchTopKSAE):
             parts = torch.stack([code.acts[:, part] @ W_dec[part] for part in slices])
         else:
             acts, support = code.split(torch.tensor(self.widths, device=code.acts.device))
-            decoded = sparse.decode(acts, support, W_dec, self.gradient_memory)
+            decoded = sparse.decode(acts, support, W_dec, self.lent.memory)
             parts = decoded.view(len(self.widths), len(code), -1)
         return parts.cumsum(dim=0) + self.b_dec
 
@@ -424,8 +406,10 @@ class JumpReLUSAE(BaseAutoencoder):
 
     @torch.no_grad()
     def initialise_from(self, x: Tensor) -> None:
+        is_new = self.input_scale == 0
         super().initialise_from(x)
-        self.threshold.fill_(self.cfg.threshold_init * self.input_scale)
+        if is_new:
+            self.threshold.fill_(self.cfg.threshold_init * self.input_scale)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -433,9 +417,10 @@ class JumpReLUSAE(BaseAutoencoder):
         self.threshold.clamp_(min=0)
 
     @torch.no_grad()
-    def rescale_latents(self, factors: Tensor) -> None:
-        super().rescale_latents(factors)
+    def fold_decoder_norms(self) -> Tensor:
+        factors = super().fold_decoder_norms()
         self.threshold *= factors
+        return factors
 
     def select(self, centred: Tensor) -> Selection | None:
         window = self.threshold.detach() - self.eps / 2

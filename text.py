@@ -16,10 +16,9 @@ from jaxtyping import Int
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from config import Config
-from language_model import model_source, ordinary_positions
 from runtime import ranks
 from runtime.checks import explained, require
 from runtime.documents import load_documents, local_files
@@ -32,7 +31,7 @@ READ_ATTEMPTS = 5
 def bos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that starts every window: BOS, or EOS if the tokenizer has no BOS (GPT-NeoX, Qwen)."""
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    assert bos is not None, "check_text refuses a tokenizer with neither a BOS nor an EOS token"
+    assert bos is not None, "preflight refuses a tokenizer with neither a BOS nor an EOS token"
     return bos
 
 
@@ -79,31 +78,6 @@ def _tokenised(documents: list[dict], tokenizer: PreTrainedTokenizerBase) -> Ite
     for text in texts:
         require(isinstance(text, str), f"a text is {reprlib.repr(text)}; the column must hold strings")
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def check_text(cfg: Config) -> None:
-    """Read the training and the held-out text, each up to its first window with a token that a dictionary may read.
-
-    Raises: ValueError when a part has none, or the text or the model's tokenizer cannot be read; OSError when the text
-    is out of reach.
-    """
-    source, said = model_source(cfg.model_name), f"model_name = {cfg.model_name!r}:"
-    with explained(f"{said} no tokenizer that can be read", OSError, ValueError, remedy="give another"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)  # none if made without any file
-    require(ordinary, f"{said} no tokenizer in that folder; give another")
-    vocab_size = AutoConfig.from_pretrained(source).get_text_config().vocab_size
-    sizes = f"its tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}"
-    require(tokenizer.vocab_size <= vocab_size, f"{said} {sizes}; put the model's own beside it")
-    starts = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
-    require(starts, f"{said} its tokenizer has neither a BOS nor an EOS token; give another")
-    said = f"dataset_path = {cfg.dataset_path!r}:"
-    for part in ("training text", "held-out tenth"):
-        stream = load_documents(cfg.dataset_path, cfg.dataset_name, held_out=part == "held-out tenth")
-        windows = token_windows(stream, tokenizer, cfg.seq_len)
-        with explained(f"{said} cannot be used", ValueError, remedy="give other data"):
-            readable = any(ordinary_positions(window[None], tokenizer).any() for window in windows)
-        require(readable, f"{said} its {part} does not fill a window of seq_len {cfg.seq_len}; give more text")
 
 
 def held_out_windows(

@@ -19,7 +19,8 @@ from kernels.sparse import GradientMemory
 from logs import RunLog
 from runtime import ranks
 from runtime.checks import explained, require
-from sae import BaseAutoencoder, Processes, SAEOutput, unknown
+from runtime.machine import placements
+from sae import BaseAutoencoder, Lent, SAEOutput
 
 FIRST_SAVE_SECONDS = 60  # into a run, the first time that its state is saved
 
@@ -49,17 +50,15 @@ class Trainer:
     def __init__(self, sae: BaseAutoencoder) -> None:
         self.sae, self.cfg = sae.train(), sae.cfg
         sae.fold_decoder_norms()
-        sae.processes, sae.num_dead = Processes(ranks.count(), ranks.mean, ranks.either), self._num_dead
-        sae.unit_rows = True
-        if not sparse.on_gpu(sae.W_dec):
-            W_enc, W_dec = (torch.empty_like(sae.W_dec.detach()) for _ in range(2))
-            sae.gradient_memory = GradientMemory(W_enc=W_enc, W_dec=W_dec)
+        weights = () if sparse.on_gpu(sae.W_dec) else ("W_enc", "W_dec")
+        memory = GradientMemory(**{name: torch.empty_like(sae.W_dec.detach()) for name in weights})
+        sae.lent = Lent(ranks.count(), ranks.mean, ranks.either, self._num_dead, memory, unit_rows=True)
         # Fused Adam is five times slower on W_enc as it lies, latent by latent: it is given the transposed view.
         self.views = [p.detach() if p.is_contiguous() else p.detach().t() for p in sae.parameters()]
         self.optimizer = torch.optim.Adam(self.views, lr=sae.cfg.lr, betas=(sae.cfg.beta1, sae.cfg.beta2), fused=True)
         self.steps = 0
-        self._checked: Tensor | None = None  # of the last step, or of the first with a number that is not finite
-        self._failed_at: Tensor | None = None
+        # Of the last step, or of the first with a number that is not finite: its numbers, and which step it was.
+        self._checked, self._at = torch.zeros(2 + len(self.views), device=sae.W_dec.device), torch.tensor(0)
         self._dead: tuple[Tensor, torch.cuda.Event | None] | None = None  # on a GPU: their number, on its way here
 
     def step(self, x: Float[Tensor, "batch act_size"], step: int) -> SAEOutput:
@@ -85,7 +84,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         sae.zero_grad()
-        sae.gradient_memory.free()
+        sae.lent.memory.free()
         sae.constrain()
         sae.after_step(out.latents)
         self._count_dead()
@@ -110,45 +109,32 @@ class Trainer:
     def _check(self, x: Tensor, loss: Tensor, norms: Tensor, step: int) -> Tensor:
         """Find, without waiting, whether this step or an earlier one has a number that is not finite."""
         checked = torch.cat([ranks.mean(torch.stack([x.abs().amax().float(), loss])), norms])
-        now = torch.full((), step + 1, device=x.device)
-        if self._checked is None:
-            self._checked, self._failed_at = checked, now
-        else:
-            failed_before = ~self._checked.isfinite().all()
-            self._checked = torch.where(failed_before, self._checked, checked)
-            self._failed_at = torch.where(failed_before, self._failed_at, now)
+        well = self._checked.isfinite().all()
+        self._checked = torch.where(well, checked, self._checked)
+        self._at = torch.where(well, step + 1, self._at)
         return ~self._checked.isfinite().all()
 
     def failure(self) -> str | None:
         """Say what was not finite, and in which step; None while all is well. Waits for the device."""
         names = ["activations", "loss", *(f"gradient of {name}" for name, _ in self.sae.named_parameters())]
-        bad = [] if self._checked is None else (~self._checked.isfinite()).nonzero().flatten().tolist()
-        return f"step {int(self._failed_at)}, {names[bad[0]]}: not finite" if bad else None
+        bad = (~self._checked.isfinite()).nonzero().flatten().tolist()
+        return f"step {int(self._at)}, {names[bad[0]]}: not finite" if bad else None
 
     def release(self) -> None:
         """Leave the SAE as one that nobody trains: gradients add up again, each in memory of its own."""
-        sae = self.sae
-        sae.processes, sae.gradient_memory, sae.num_dead, sae.unit_rows = Processes(), GradientMemory(), unknown, False
+        self.sae.lent = Lent()
 
     def state(self) -> dict[str, Any]:
         """Collect all that its next steps depend on beside the batches."""
-        names = [name for name, _ in self.sae.named_parameters()]
-        return {
-            "steps": self.steps,
-            "parameters": dict(zip(names, self.views)),
-            "buffers": dict(self.sae.named_buffers()),
-            "adam": {name: self.optimizer.state[view] for name, view in zip(names, self.views)},
-        }
+        adam = {name: self.optimizer.state[view] for (name, _), view in zip(self.sae.named_parameters(), self.views)}
+        return {"steps": self.steps, "sae": dict(self.sae.state_dict()), "adam": adam}
 
-    @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
+        self.sae.load_state_dict(state["sae"])
         for (name, _), view in zip(self.sae.named_parameters(), self.views):
-            view.copy_(state["parameters"][name])
             adam = state["adam"][name].items()
             self.optimizer.state[view] = {key: value.to(view.device, copy=True) for key, value in adam}
-        for name, buffer in self.sae.named_buffers():
-            buffer.copy_(state["buffers"][name])
         self.steps, self._dead = state["steps"], None
 
 
@@ -197,15 +183,15 @@ class _Loop:
         self.cfg, self.saes = store.cfg, [trainer.sae for trainer in trainers]
         self.held_out = store.held_out_tokens()
         self.results: list[dict[str, float]] = []
+        self.next_save = time.perf_counter() + FIRST_SAVE_SECONDS
 
     def run(self, state: dict[str, Any] | None) -> list[dict[str, float]]:
         cfg, log = self.cfg, self.log
-        first = self._begin(state)
-        bar, pacer = self._bar(first), _Pacer(cfg.resume_freq)
-        started = begun = lap = time.perf_counter()
-        lap_step = first
+        first = lap = self._load(state)
+        bar = self._bar(first)
+        started, in_steps, in_lap = time.perf_counter(), 0.0, 0.0
         for step in range(first, cfg.num_steps):
-            done = step + 1
+            done, began = step + 1, time.perf_counter()
             is_last_step = done == cfg.num_steps
             is_log_step = done % cfg.log_freq == 0 or is_last_step
             is_eval_step = done % cfg.perf_log_freq == 0 or is_last_step
@@ -215,19 +201,18 @@ class _Loop:
                 rows = self.store.next_batch()
             with self._saving_on_failure(step, self.store.put_back):
                 metrics = [self._step(trainer, rows, step, is_log_step) for trainer in self.trainers]
-            bar.update(cfg.batch_size)
-            asked, is_due = ranks.any_of(self.should_stop(), pacer.is_due(done))
+            asked, is_due = ranks.any_of(self.should_stop(), self._is_due(done))
             # On a GPU only where it is waited for anyway: nothing changes after the step that failed.
             if cfg.torch_device.type == "cpu" or is_log_step or is_eval_step or is_checkpoint_step:
                 self._raise_failures(done)
+            bar.update(cfg.batch_size)
+            in_steps += time.perf_counter() - began
 
             if is_log_step and any(metrics):
-                now = time.perf_counter()
-                rate = (done - lap_step) * cfg.batch_size / (now - lap)
-                lap, lap_step = now, done
+                rate = (done - lap) * cfg.batch_size / (in_steps - in_lap)
+                lap, in_lap = done, in_steps
                 bar.set_postfix_str(_ranges(metrics, {"train/loss": "loss", "train/l0": "l0"}), refresh=False)
                 self._log(done, metrics, {"train/tokens_per_second": rate})
-            paused = time.perf_counter()
             if is_checkpoint_step and log is not None:
                 for sae in self.saes:
                     log.checkpoint(sae, done)
@@ -240,19 +225,15 @@ class _Loop:
                 tqdm.write(f"step {done:,}, {tqdm.format_interval(left)} left: {found}")
                 sys.stdout.flush()  # a log file has it at once
             if (asked or is_due) and not is_last_step and log is not None:
-                with pacer:
-                    self._save_state(done)
-            pause = time.perf_counter() - paused
-            lap, begun = lap + pause, begun + pause
+                self._save_state(done)
             if asked and not is_last_step:
                 bar.close()
                 raise Stopped(f"stopped after step {done:,} of {cfg.num_steps:,}")
         bar.close()
-        rate = (cfg.num_steps - first) * cfg.batch_size / (time.perf_counter() - begun)
-        tqdm.write(f"{_number(self.saes)}: {rate:,.0f} tokens/s")
+        tqdm.write(f"{_number(self.saes)}: {(cfg.num_steps - first) * cfg.batch_size / in_steps:,.0f} tokens/s")
         return self.results
 
-    def _begin(self, state: dict[str, Any] | None) -> int:
+    def _load(self, state: dict[str, Any] | None) -> int:
         """Load the state, if there is one; return the first step to take."""
         if state is None:
             return 0
@@ -268,7 +249,7 @@ class _Loop:
         if trainer.steps > step:  # it took this step before another SAE ran out of memory
             return {}
         x = rows[sae.cfg.hook_name].to(sae.W_dec.device)
-        if step == 0 and sae.input_scale == 0:
+        if step == 0 and sae.input_scale <= 0:
             sae.initialise_from(x)
         out = trainer.step(x, step)
         if not is_log_step:
@@ -284,10 +265,18 @@ class _Loop:
             if self.log is not None and metrics:
                 self.log.log(index, done, done * self.cfg.batch_size, metrics | of_all)
 
+    def _is_due(self, done: int) -> bool:
+        """Say whether to save the state: every resume_freq steps, or as often as takes 1% of the time."""
+        freq = self.cfg.resume_freq
+        return time.perf_counter() >= self.next_save if freq is None else done % freq == 0
+
     def _save_state(self, done: int) -> None:
+        began = time.perf_counter()
         self._raise_failures(done)
         trained = {str(i): trainer.state() for i, trainer in enumerate(self.trainers)}
         self.log.save_state({"step": done, "trainers": trained, "store": self.store.state})
+        now = time.perf_counter()
+        self.next_save = now + max(FIRST_SAVE_SECONDS, 100 * (now - began))
 
     @contextlib.contextmanager
     def _saving_on_failure(self, done: int, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -301,11 +290,8 @@ class _Loop:
             undo()
             if self.log is not None and 0 < done < self.cfg.num_steps and ranks.count() == 1:
                 self._save_state(done)
-            widest = max(sae.cfg.dict_size for sae in self.saes)
-            lower = (
-                f"lower dict_size = {widest}, batch_size = {self.cfg.batch_size} or eval_windows, or train fewer SAEs"
-            )
-            require(not memory, f"out of memory in step {done + 1}: {lower}")
+            lower = f"batch_size = {self.cfg.batch_size}, dict_size or eval_windows, or train fewer SAEs"
+            require(not memory, f"out of memory in step {done + 1}; start anew with a lower {lower}")
             raise
 
     def _raise_failures(self, done: int) -> None:
@@ -334,32 +320,6 @@ class _Loop:
             disable=True if ranks.world_rank() > 0 else None,  # None: where standard error is not a terminal
             bar_format="{l_bar}{bar:8}| {remaining} left, {rate_fmt}{postfix}",  # fits 80 columns
         )
-
-
-class _Pacer:
-    """Decide when to save the state: every `freq` steps, or where that is None, so that saving takes 1% of the time."""
-
-    def __init__(self, freq: int | None) -> None:
-        self.freq = freq
-        self._next = time.perf_counter() + FIRST_SAVE_SECONDS
-
-    def is_due(self, done: int) -> bool:
-        return time.perf_counter() >= self._next if self.freq is None else done % self.freq == 0
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        now = time.perf_counter()
-        self._next = now + max(FIRST_SAVE_SECONDS, 100 * (now - self._start))
-
-
-def placements(cfg: Config) -> list[torch.device]:
-    """List where SAEs are placed in turn: all GPUs where cfg names none, and torchrun gave this process none."""
-    device = cfg.torch_device
-    if device.type == "cpu" or device.index is not None or ranks.world_size() > 1:
-        return [device]
-    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def heading(cfgs: list[Config]) -> str:

@@ -1,7 +1,7 @@
 """Write the latents of an SAE on one HTML page that needs no network: dashboard.html with the data put into it.
 
 One pass over held-out text finds every latent's largest activation, its strongest contexts and a uniform sample of its
-activations. It writes every activation to a temporary file (20 bytes each). A second pass reads them back to count
+activations. It writes every activation to a temporary file (16 bytes each). A second pass reads them back to count
 histograms up to that largest activation and to collect the chosen contexts. No [tokens, dict_size] tensor is made, so
 memory does not grow with the text.
 """
@@ -12,23 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils.logging import set_verbosity_error
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from analysis.latents import nearest_latents
 from config import Config, setting
 from evaluation import evaluation_mode
 from interop.pretrained import load_pretrained
-from kernels.choose import rank_in_group
 from language_model import check_model, load_model, ordinary_positions, record
 from runtime.checks import require
 from runtime.cli import Parser
@@ -49,44 +46,27 @@ TABLE_TOKENS = 6  # in a row of the table
 LEVELS = 999  # steps in which an activation is written, as a share of the latent's largest
 LATENTS_PER_PIECE = 256  # of the page's data: a piece is parsed when one of its latents is opened
 DENSE_NUMBERS = 1 << 26  # at a time: 256 MB of float32
-TINY = 1e-12  # for decoder rows of zeros, which other libraries' SAEs may have
+READ_BACK = 1 << 22  # activations at a time: 64 MB
 WINDOW_CHOICE = 4  # held-out windows to choose each window from
 
-
-class Activations(NamedTuple):
-    """Activations above 0: of which latents, at which places (window * pos + position, ascending), how large."""
-
-    latents: Int[Tensor, "nnz"]
-    places: Int[Tensor, "nnz"]
-    values: Float[Tensor, "nnz"]
-
-    def at(self, where: Tensor) -> "Activations":
-        return Activations(*(part[where] for part in self))
-
-
-class Context(NamedTuple):
-    """A window in which a latent fires, shown for its activation at `peak`.
-
-    band: the quantile from which that one was sampled, 0 for the lowest, or -1 for one of the latent's strongest.
-    """
-
-    window: int
-    peak: int
-    band: int
-    positions: list[int]  # where the latent fires, ascending
-    values: list[float]
+ACTIVATION = np.dtype([("context", np.int64), ("position", np.int32), ("value", np.float32)])
+"""An activation above 0, at a position of a context: a latent in a window, numbered window * dict_size + latent."""
+Activations = np.ndarray  # of these
+Ranked = tuple[Int[Tensor, "dict_size count"], Float[Tensor, "dict_size count"]]  # tokens and logits
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """What was found on the text, all on the CPU."""
+    """What was found on the text."""
 
     tokens: int  # at ordinary positions
-    counts: Int[Tensor, "dict_size"]  # tokens on which a latent fires
-    means: Float[Tensor, "dict_size"]  # of its activations above 0; 0 where there are none
-    maxima: Float[Tensor, "dict_size"]
-    histograms: Int[Tensor, "dict_size bins"]  # of its activations above 0, from 0 to the largest
-    contexts: list[list[Context]]  # of each latent, the strongest first, then band after band downwards
+    counts: Int[np.ndarray, "dict_size"]  # tokens on which a latent fires
+    means: Float[np.ndarray, "dict_size"]  # of its activations above 0; 0 where there are none
+    maxima: Float[np.ndarray, "dict_size"]
+    histograms: Int[np.ndarray, "dict_size bins"]  # of its activations above 0, from 0 to the largest
+    peaks: Activations  # for which contexts are shown, latent after latent
+    bands: Int[np.ndarray, "peaks"]  # the quantile from which each was sampled, 0 the lowest; -1 for the strongest
+    shown: Activations  # all those in the contexts, by context and position
 
 
 def feature_dashboard(
@@ -114,11 +94,7 @@ def feature_dashboard(
     cfg = sae.cfg if dataset_path is None else replace(sae.cfg, dataset_path=dataset_path, dataset_name=dataset_name)
     model = load_model(check_model(cfg)) if model is None else model
     tokens = held_out_windows(cfg, model.tokenizer, windows, WINDOW_CHOICE)
-    statistics = latent_statistics(sae, model, tokens)
-    effects = None if cfg.site == "z" else direct_effects(sae, model, EFFECTS)
-    neighbours = nearest_latents(sae.W_dec, torch.arange(cfg.dict_size), NEAREST)
-    text = page(sae, model.tokenizer, cfg.dataset_path, tokens, statistics, effects, neighbours)
-    write_durably(path, text.encode())
+    write_durably(path, page(sae, model, cfg.dataset_path, tokens).encode())
     return Path(path)
 
 
@@ -136,15 +112,12 @@ def dashboard_parser() -> Parser:
 
 def command(words: list[str]) -> None:
     """Write the page that `python results.py dashboard` is asked for."""
-    options = dashboard_parser().parse_args(words)
-    disable_progress_bar()
-    set_verbosity_error()  # retries are a line each
-    device, folder = Config().torch_device, Path(options.checkpoint)
-    sae = load_pretrained(options.checkpoint, device, model_name=options.model_name, hook_name=options.hook_name)
+    args = dashboard_parser().parse_args(words)
+    folder = Path(args.checkpoint)
+    sae = load_pretrained(args.checkpoint, Config().torch_device, model_name=args.model_name, hook_name=args.hook_name)
     beside = folder.resolve().with_name(f"{folder.resolve().name}.html")
-    path = options.output or (beside if folder.is_dir() else Path(f"{sae.cfg.name}.html"))
-    text = dict(dataset_path=options.dataset_path, dataset_name=options.dataset_name)
-    feature_dashboard(sae, path, windows=options.windows, **text)
+    path = args.output or (beside if folder.is_dir() else Path(f"{sae.cfg.name}.html"))
+    feature_dashboard(sae, path, windows=args.windows, dataset_path=args.dataset_path, dataset_name=args.dataset_name)
     print(f"{sae.cfg.dict_size:,} latents, {path.stat().st_size / 1e6:.1f} MB: {path}")
 
 
@@ -156,180 +129,133 @@ def latent_statistics(
     sae: BaseAutoencoder, model: TransformerBridge, tokens: Int[Tensor, "window pos"]
 ) -> LatentStatistics:
     """Find what each latent fires on, with the SAE as in evaluation."""
-    F, pos, device = sae.cfg.dict_size, tokens.shape[1], sae.W_dec.device
-    rng = torch.Generator(device).manual_seed(0)
-    counts = torch.zeros(F, dtype=torch.int64, device=device)
-    sums = torch.zeros(F, dtype=torch.float64, device=device)
-    strongest, sampled = Best(F, STRONGEST, device), Best(F, SAMPLED, device)
-    lengths = []
+    F, rng = sae.cfg.dict_size, torch.Generator().manual_seed(0)
+    counts, sums, maxima = np.zeros(F, np.int64), np.zeros(F), np.zeros(F, np.float32)
+    strongest, sampled = Best(F, STRONGEST, apart=True), Best(F, SAMPLED)
+    histograms, shown = np.zeros(F * BINS, np.int64), [np.empty(0, ACTIVATION)]
     with evaluation_mode(sae), TemporaryFile() as file:
         for found in activations(sae, model, tokens):
-            counts += found.latents.bincount(minlength=F)
-            sums.index_add_(0, found.latents, found.values.double())
-            peaks = window_peaks(found, F, pos)
-            strongest.add(peaks, peaks.values)
-            sampled.add(found, torch.rand(len(found.values), generator=rng, device=device))
-            lengths.append(len(found.values))
-            for part in found:
-                file.write(part.cpu().numpy())
+            latents = found["context"] % F
+            counts += np.bincount(latents, minlength=F)
+            sums += np.bincount(latents, found["value"], minlength=F)
+            strongest.add(found, found["value"])
+            sampled.add(found, torch.rand(len(found), generator=rng).numpy())
+            file.write(found)
 
-        best = strongest.entries()
-        maxima = torch.zeros(F, device=device).scatter_reduce_(0, best.latents, best.values, "amax")
-        chosen = choose_contexts(best, sampled.entries(), F, pos)
-        keys = sorted(window * F + latent for latent, windows in enumerate(chosen) for window in windows)
-        keys = torch.tensor(keys, dtype=torch.int64, device=device)
-        histograms = torch.zeros(F * BINS, dtype=torch.int64, device=device)
-        read: list[tuple[Tensor, Tensor, Tensor]] = []  # index of the key, position, value
-        for found in read_back(file, lengths, device):
-            bins = (found.values / maxima[found.latents] * BINS).long().clamp(max=BINS - 1)
-            histograms += (found.latents * BINS + bins).bincount(minlength=F * BINS)
-            key = found.places // pos * F + found.latents
-            index = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
-            wanted = keys[index] == key
-            read.append((index[wanted], found.places[wanted] % pos, found.values[wanted]))
+        peaks, bands = choose_contexts(strongest.entries(), sampled.entries(), F)
+        np.maximum.at(maxima, peaks["context"] % F, peaks["value"])
+        contexts = np.sort(peaks["context"])
+        file.seek(0)
+        while len(found := np.fromfile(file, ACTIVATION, READ_BACK)):
+            latents = found["context"] % F
+            bins = (found["value"] / maxima[latents] * BINS).astype(np.int64).clip(max=BINS - 1)
+            histograms += np.bincount(latents * BINS + bins, minlength=F * BINS)
+            nearest = contexts.take(np.searchsorted(contexts, found["context"]), mode="clip")
+            shown.append(found[nearest == found["context"]])
 
+    by_context = np.concatenate(shown)
     return LatentStatistics(
         tokens=int(ordinary_positions(tokens, model.tokenizer).sum()),
-        counts=counts.cpu(),
-        means=(sums / counts.clamp_min(1)).float().cpu(),
-        maxima=maxima.cpu(),
-        histograms=histograms.view(F, BINS).cpu(),
-        contexts=whole_contexts(chosen, keys, read),
+        counts=counts,
+        means=sums / counts.clip(min=1),
+        maxima=maxima,
+        histograms=histograms.reshape(F, BINS),
+        peaks=peaks,
+        bands=bands,
+        shown=by_context[by_context["context"].argsort(kind="stable")],
     )
 
 
 def activations(
     sae: BaseAutoencoder, model: TransformerBridge, tokens: Int[Tensor, "window pos"]
 ) -> Iterator[Activations]:
-    """Compute the SAE's activations at the ordinary positions, a few whole windows at a time."""
-    at_a_time = max(1, DENSE_NUMBERS // (tokens.shape[1] * sae.cfg.dict_size))
-    device, hook, first = sae.W_dec.device, sae.cfg.hook_name, 0
+    """Compute the SAE's activations at the ordinary positions, in order, a few whole windows at a time."""
+    F, device, hook, first = sae.cfg.dict_size, sae.W_dec.device, sae.cfg.hook_name, 0
+    at_a_time = max(1, DENSE_NUMBERS // (tokens.shape[1] * F))
     for batch in tqdm(tokens.split(min(sae.cfg.model_batch_size, at_a_time)), desc="text", disable=None, leave=False):
-        places = ordinary_positions(batch, model.tokenizer).flatten().nonzero().squeeze(1)
-        if len(places):
-            x = record(model, batch.to(model.W_U.device), [hook])[hook].flatten(0, 1)
-            latents = sae(x[places.to(x.device)].to(device)).latents
-            entries = Activations(latents.indices, first + places.to(device)[latents.rows], latents.values.float())
-            yield entries.at(entries.values > 0)
-        first += batch.numel()
-
-
-def read_back(file: IO[bytes], lengths: list[int], device: torch.device) -> Iterator[Activations]:
-    """Read activations as they were written, batch by batch."""
-    file.seek(0)
-    for length in lengths:
-        parts = [np.fromfile(file, dtype, length) for dtype in (np.int64, np.int64, np.float32)]
-        yield Activations(*(torch.from_numpy(part).to(device) for part in parts))
-
-
-def window_peaks(found: Activations, dict_size: int, pos: int) -> Activations:
-    """Keep the largest activation of each latent in each window, the first of equal ones."""
-    if not len(found.places):
-        return found
-    windows = found.places // pos
-    key = (windows - windows[0]) * dict_size + found.latents
-    shape = int(windows[-1] - windows[0] + 1) * dict_size
-    largest = found.values.new_zeros(shape).scatter_reduce_(0, key, found.values, "amax")
-    peak = found.values == largest[key]
-    beyond = found.places[-1] + 1
-    first = beyond.expand(shape).clone().scatter_reduce_(0, key[peak], found.places[peak], "amin")
-    return found.at(peak & (found.places == first[key]))
+        ordinary = ordinary_positions(batch, model.tokenizer)
+        windows, positions = ordinary.nonzero(as_tuple=True)
+        if len(windows):
+            x = record(model, batch.to(model.W_U.device), [hook])[hook]
+            latents = sae(x[ordinary.to(x.device)].to(device)).latents
+            rows = latents.rows.cpu()
+            found = np.empty(len(rows), ACTIVATION)
+            found["context"] = (first + windows[rows]) * F + latents.indices.cpu()
+            found["position"] = positions[rows]
+            found["value"] = latents.values.float().cpu()
+            yield found[found["value"] > 0]
+        first += len(batch)
 
 
 class Best:
     """Keep, for each latent, the `count` activations with the largest scores of all that are added.
 
+    apart: of each window only one. Among equal scores, those added first are kept.
     Memory is for about twice that many. An activation that cannot be among them is dropped at once, so that after the
     first batches few are kept and sorting is rare.
     """
 
-    def __init__(self, dict_size: int, count: int, device: torch.device) -> None:
-        self.count = count
-        self.to_beat = torch.full((dict_size,), -torch.inf, device=device)
-        nothing = torch.empty(0, device=device)
+    def __init__(self, dict_size: int, count: int, apart: bool = False) -> None:
+        self.count, self.apart = count, apart
+        self.to_beat = np.full(dict_size, -np.inf, np.float32)
         # With their scores: first what the last sort kept, then what has been added since.
-        self.parts = [(Activations(nothing.long(), nothing.long(), nothing), nothing)]
+        self.parts = [(np.empty(0, ACTIVATION), np.empty(0, np.float32))]
 
-    def add(self, found: Activations, scores: Float[Tensor, "nnz"]) -> None:
-        better = scores > self.to_beat[found.latents]
-        self.parts.append((found.at(better), scores[better]))
+    def add(self, found: Activations, scores: Float[np.ndarray, "nnz"]) -> None:
+        better = scores > self.to_beat[found["context"] % len(self.to_beat)]
+        self.parts.append((found[better], scores[better]))
         if sum(len(scores) for _, scores in self.parts[1:]) > len(self.to_beat) * self.count:
             self.entries()
 
     def entries(self) -> Activations:
         """Return what is kept, latent after latent, each latent's from the largest score down."""
-        found = Activations(*(torch.cat(part) for part in zip(*(found for found, _ in self.parts))))
-        scores = torch.cat([scores for _, scores in self.parts])
-        self.parts.clear()
-        sizes = found.latents.bincount(minlength=len(self.to_beat))
-        order = scores.sort(descending=True, stable=True).indices
-        order, rank = rank_in_group(order, found.latents, sizes.cumsum(0) - sizes)
-        last = order[rank == self.count - 1]
-        self.to_beat[found.latents[last]] = scores[last]
-        kept = order[rank < self.count]
-        self.parts.append((found.at(kept), scores[kept]))
-        return self.parts[0][0]
+        F = len(self.to_beat)
+        found, scores = (np.concatenate(part) for part in zip(*self.parts))
+        order = np.lexsort((-scores, found["context"] % F))
+        order = order[foremost(found[order], F, self.count, self.apart)]
+        found, scores = found[order], scores[order]
+        sizes = np.bincount(found["context"] % F, minlength=F)
+        full = sizes == self.count
+        self.to_beat[full] = scores[sizes.cumsum()[full] - 1]
+        self.parts = [(found, scores)]
+        return found
+
+
+def foremost(found: Activations, dict_size: int, count: int, apart: bool) -> Int[np.ndarray, "kept"]:
+    """Find the first `count` of each latent's activations, one of each window if `apart`; latents come in order."""
+    first = np.sort(np.unique(found["context"], return_index=True)[1]) if apart else np.arange(len(found))
+    latents = found["context"][first] % dict_size
+    rank = np.arange(len(first)) - np.searchsorted(latents, latents)  # within the latent
+    return first[rank < count]
 
 
 def choose_contexts(
-    strongest: Activations, sampled: Activations, dict_size: int, pos: int
-) -> list[dict[int, tuple[int, int]]]:
-    """Choose what is shown of each latent: {window: (peak, band)}.
+    strongest: Activations, sampled: Activations, dict_size: int
+) -> tuple[Activations, Int[np.ndarray, "peaks"]]:
+    """Choose what is shown: the strongest and, from each quantile of a latent's sample, PER_BAND in other windows.
 
-    These are its strongest windows and, from each quantile of its sampled activations, at most PER_BAND others.
+    Returns them and their bands, latent after latent, of each the strongest first, then band after band downwards.
     """
-    sizes = sampled.latents.bincount(minlength=dict_size)
-    order = sampled.values.sort(stable=True).indices
-    order, rank = rank_in_group(order, sampled.latents, sizes.cumsum(0) - sizes)
-    bands = torch.empty_like(rank).index_copy_(0, order, rank * BANDS // sizes[sampled.latents[order]])
-    down = bands.sort(descending=True, stable=True).indices  # within a band in the order of the sample, which is random
-    latents, places = (part.tolist() + rest[down].tolist() for part, rest in zip(strongest[:2], sampled[:2]))
-    chosen: list[dict[int, tuple[int, int]]] = [{} for _ in range(dict_size)]
-    taken: Counter[tuple[int, int]] = Counter()
-    for latent, place, band in zip(latents, places, [-1] * len(strongest.latents) + bands[down].tolist()):
-        window, peak = divmod(place, pos)
-        if window not in chosen[latent] and (band < 0 or taken[latent, band] < PER_BAND):
-            taken[latent, band] += 1
-            chosen[latent][window] = (peak, band)
-    return chosen
-
-
-def whole_contexts(
-    chosen: list[dict[int, tuple[int, int]]], keys: Int[Tensor, "keys"], read: list[tuple[Tensor, Tensor, Tensor]]
-) -> list[list[Context]]:
-    """Add to the chosen contexts all of the latent's activations in their windows.
-
-    keys: window * dict_size + latent, ascending; read: the index of a key, a position and a value for each activation.
-    """
-    contexts: list[list[Context]] = [[] for _ in chosen]
-    if not len(keys):
-        return contexts
-    index, positions, values = (torch.cat(parts) for parts in zip(*read))
-    index, order = index.sort(stable=True)
-    positions, values = positions[order].tolist(), values[order].tolist()
-    ends = index.bincount(minlength=len(keys)).cumsum(0).tolist()
-    spans = dict(zip(keys.tolist(), zip([0, *ends], ends)))
-    for latent, windows in enumerate(chosen):
-        for window, (peak, band) in windows.items():
-            span = slice(*spans[window * len(chosen) + latent])
-            contexts[latent].append(Context(window, peak, band, positions[span], values[span]))
-        contexts[latent].sort(key=lambda c: (c.band >= 0, -c.band, -c.values[c.positions.index(c.peak)]))
-    return contexts
+    latents = sampled["context"] % dict_size
+    order = np.lexsort((sampled["value"], latents))
+    start, end = (np.searchsorted(latents, latents, side) for side in ("left", "right"))
+    quantiles = np.empty_like(order)
+    quantiles[order] = (np.arange(len(order)) - start) * BANDS // (end - start)
+    peaks, bands = strongest, np.full(len(strongest), -1)
+    for band in reversed(range(BANDS)):
+        others = sampled[(quantiles == band) & ~np.isin(sampled["context"], peaks["context"])]
+        others = others[foremost(others, dict_size, PER_BAND, apart=True)]  # in the order of the sample: random
+        peaks, bands = np.concatenate([peaks, others]), np.concatenate([bands, np.full(len(others), band)])
+    order = np.lexsort((-peaks["value"], -bands, bands >= 0, peaks["context"] % dict_size))
+    return peaks[order], bands[order]
 
 
 # ---- what latents do ----
 
 
-class Ranked(NamedTuple):
-    """Tokens and their logits, the strongest effect first."""
-
-    tokens: Int[Tensor, "dict_size count"]
-    logits: Float[Tensor, "dict_size count"]
-
-
 @torch.no_grad()
 def direct_effects(sae: BaseAutoencoder, model: TransformerBridge, count: int) -> tuple[Ranked, Ranked]:
-    """Find the tokens whose logits a latent's decoder row raises most and lowers most on the direct path.
+    """Find the tokens whose logits a latent's decoder row raises most, and those it lowers most, on the direct path.
 
     That path leads past all later blocks: the row, scaled to root mean square 1, goes through the model's own final
     norm and unembedding as if it were the whole residual stream. What they make of zero (their biases) is subtracted,
@@ -347,86 +273,77 @@ def direct_effects(sae: BaseAutoencoder, model: TransformerBridge, count: int) -
     zero = model.unembed(model.ln_final(torch.zeros(1, 1, model.cfg.d_model, device=device, dtype=dtype)))
     parts = []
     for rows in sae.W_dec.split(max(1, DENSE_NUMBERS // model.cfg.d_vocab)):
-        direction = rows / rows.pow(2).mean(dim=1, keepdim=True).sqrt().clamp_min(TINY)
+        direction = rows / rows.pow(2).mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
         logits = (model.unembed(model.ln_final(direction.to(device, dtype)[None])) - zero)[0, :, :vocab].float()
         logits -= logits.mean(dim=1, keepdim=True)
-        parts.append((logits.topk(count), logits.topk(count, largest=False)))
-    (raised, up), (lowered, down) = ([torch.cat(part).cpu() for part in zip(*side)] for side in zip(*parts))
-    return Ranked(up, raised), Ranked(down, lowered)
+        parts.append([*logits.topk(count), *logits.topk(count, largest=False)])
+    raised, up, lowered, down = (torch.cat(part).cpu() for part in zip(*parts))
+    return (up, raised), (down, lowered)
 
 
 # ---- the page ----
 
 
-def page(
-    sae: BaseAutoencoder,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset_path: str,
-    tokens: Int[Tensor, "window pos"],
-    statistics: LatentStatistics,
-    effects: tuple[Ranked, Ranked] | None,
-    neighbours: tuple[Int[Tensor, "dict_size count"], Float[Tensor, "dict_size count"]],
-) -> str:
+def page(sae: BaseAutoencoder, model: TransformerBridge, dataset_path: str, tokens: Int[Tensor, "window pos"]) -> str:
     """Put the data into the template: tokens as indices into one table of strings, each window once."""
-    cfg, contexts, sides = sae.cfg, statistics.contexts, effects or ()
-    dead = int((statistics.counts == 0).sum())
-    windows = sorted({context.window for of_latent in contexts for context in of_latent})
-    window_index = {window: i for i, window in enumerate(windows)}
-    ids = torch.cat([tokens[windows].flatten(), *(side.tokens.flatten() for side in sides)]).unique()
+    cfg, F, statistics = sae.cfg, sae.cfg.dict_size, latent_statistics(sae, model, tokens)
+    counts, peaks, bands, shown = statistics.counts, statistics.peaks, statistics.bands, statistics.shown
+    effects = () if cfg.site == "z" else direct_effects(sae, model, EFFECTS)
+    nearest, cosines = (part.tolist() for part in nearest_latents(sae.W_dec, torch.arange(F), NEAREST))
+    numbers, window = np.unique(peaks["context"] // F, return_inverse=True)
+    ids = torch.cat([tokens[numbers].flatten(), *(some.flatten() for some, _ in effects)]).unique()
+    windows = torch.searchsorted(ids, tokens[numbers]).numpy()
+    ranked = [(torch.searchsorted(ids, some).tolist(), four_digits(logits)) for some, logits in effects]
+    contexts = np.split(np.arange(len(peaks)), np.searchsorted(peaks["context"] % F, np.arange(1, F)))  # by latent
 
-    def indices(some: Int[Tensor, "..."]) -> list:
-        return torch.searchsorted(ids, some).tolist()
+    def top(j: int) -> list[int]:
+        """Find the distinct tokens at the strongest windows' peaks, the most frequent first, then the strongest."""
+        strongest = contexts[j][bands[contexts[j]] < 0]
+        peak_tokens = windows[window[strongest], peaks["position"][strongest]].tolist()
+        return [token for token, _ in Counter(peak_tokens).most_common(TABLE_TOKENS)]
 
-    # Distinct tokens at the strongest windows' peaks, the most frequent first, then the strongest.
-    peaks = ([int(tokens[c.window, c.peak]) for c in of_latent if c.band < 0] for of_latent in contexts)
-    top = ([token for token, _ in Counter(of_latent).most_common(TABLE_TOKENS)] for of_latent in peaks)
-    ranked = [(indices(side.tokens), four_digits(side.logits)) for side in sides]
     table = {
         "title": cfg.name,
         "facts": [
             ("Model", cfg.model_name),
             ("Hook", cfg.hook_name),
             ("SAE", f"{cfg.sae_type}, {setting(cfg)}"),
-            ("Latents", f"{cfg.dict_size:,}, of which {dead:,} never fired here"),
-            ("L0", f"{float(statistics.counts.sum()) / max(1, statistics.tokens):.1f}"),
+            ("Latents", f"{F:,}, of which {(counts == 0).sum():,} never fired here"),
+            ("L0", f"{counts.sum() / max(1, statistics.tokens):.1f}"),
             ("Text", f"the held-out tenth of {dataset_path}: {statistics.tokens:,} tokens in {len(tokens):,} windows"),
         ],
         "tokens": statistics.tokens,
         "levels": LEVELS,
         "bands": BANDS,
         "piece": LATENTS_PER_PIECE,
-        "strings": token_strings(tokenizer, ids.tolist()),
+        "strings": token_strings(model.tokenizer, ids.tolist()),
         "ids": ids.tolist(),
-        "counts": statistics.counts.tolist(),
+        "counts": counts.tolist(),
         "maxima": four_digits(statistics.maxima),
         "means": four_digits(statistics.means),
-        "top": [indices(torch.tensor(of_latent, dtype=torch.int64)) for of_latent in top],
+        "top": [top(j) for j in range(F)],
         "promoted": ranked[0][0] if ranked else None,
         "shown": TABLE_TOKENS,
     }
-    maxima, histograms = statistics.maxima.tolist(), statistics.histograms.tolist()
-    nearest, cosines = (part.tolist() for part in neighbours)
+    levels = (LEVELS * shown["value"].astype(float) / statistics.maxima[shown["context"] % F]).round().clip(min=1)
+    fires = np.stack([shown["position"], levels.astype(np.int32)], axis=1)
+    heads = np.stack([window, peaks["position"], bands], axis=1)
+    starts, ends = (np.searchsorted(shown["context"], peaks["context"], side) for side in ("left", "right"))
 
     def data(j: int) -> dict[str, Any]:
         return {
-            "histogram": histograms[j] if contexts[j] else [],
-            "contexts": [written(context, window_index, maxima[j]) for context in contexts[j]],
+            "histogram": statistics.histograms[j].tolist() if counts[j] else [],
+            # [window, peak, band, position, level, position, level, ...]
+            "contexts": [[*heads[i].tolist(), *fires[starts[i] : ends[i]].flatten().tolist()] for i in contexts[j]],
             "nearest": [nearest[j], [round(cosine, 3) for cosine in cosines[j]]],
-            "effects": [[tokens[j], logits[j]] for tokens, logits in ranked] or None,
+            "effects": [[some[j], logits[j]] for some, logits in ranked] or None,
         }
 
     before, between, after = TEMPLATE.read_text(encoding="utf-8").split(MARK)
-    parts = [before, script("table", table), between, script("windows", indices(tokens[windows]))]
-    for number, piece in enumerate(torch.arange(cfg.dict_size).split(LATENTS_PER_PIECE)):
+    parts = [before, script("table", table), between, script("windows", windows.tolist())]
+    for number, piece in enumerate(torch.arange(F).split(LATENTS_PER_PIECE)):
         parts.append(script(f"latents-{number}", [data(j) for j in piece.tolist()]))
     return "".join([*parts, after])
-
-
-def written(context: Context, window_index: dict[int, int], maximum: float) -> list[int]:
-    """Write a context as [window, peak, band, position, level, position, level, ...]."""
-    levels = (max(1, round(LEVELS * value / maximum)) for value in context.values)
-    fires = (number for pair in zip(context.positions, levels) for number in pair)
-    return [window_index[context.window], context.peak, context.band, *fires]
 
 
 def token_strings(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
@@ -437,11 +354,9 @@ def token_strings(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[st
     return [text.removeprefix(prefix) for text in texts]
 
 
-def four_digits(numbers: Float[Tensor, "..."]) -> list:
-    """Make nested lists of numbers with four significant digits."""
-    if numbers.ndim > 1:
-        return [four_digits(row) for row in numbers]
-    return [float(f"{number:.4g}") for number in numbers.tolist()]
+def four_digits(numbers: Float[Tensor, "..."] | Float[np.ndarray, "..."]) -> list:
+    """Round to four significant digits, in nested lists."""
+    return np.vectorize(lambda number: float(f"{number:.4g}"), otypes=[float])(numbers).tolist()
 
 
 def script(name: str, data: Any) -> str:

@@ -5,10 +5,10 @@ darker lines are later rows of the table: the denser SAEs, as results.load_resul
 """
 
 import math
-from collections.abc import Sequence
-from itertools import cycle, zip_longest
+from collections.abc import Collection, Sequence
+from functools import partial
+from itertools import chain, cycle, zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -18,15 +18,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from config import RESULT_FIELDS, TYPES, setting, unused_by
+from config import RESULT_FIELDS, TYPES, SaeType, setting, unused_by
 from runtime.checks import require
 
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", ":", "-.")
 WIDTH, COLUMN_WIDTH = 7.5, 1.875  # inches: two columns of a paper, and the panels of one type
-BINS = 40  # of cosines
 BINS_PER_DECADE = 3  # of densities: wider than a factor of 2, so that none is empty between once and twice
 LEGEND_LETTERS = 26  # that fit below a panel at 7 points
 SETTINGS = {row.sparsity for row in TYPES.values()}  # the fields that decide an SAE's L0
@@ -34,19 +33,14 @@ FORMATS = {  # field -> how a label shows it, if the SAEs of a type differ in it
     "run": "{}", "model_name": "{}", "layer": "layer {}", "site": "{}", "dict_size": "dict {}", "lr": "lr {:g}",
     "batch_size": "batch {}", "num_tokens": "{:g} tokens", "input_unit_norm": "norm {}", "seed": "seed {}",
 }  # fmt: skip
+STYLE = {
+    "axes.labelsize": 9, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "legend.frameon": False,
+}  # fmt: skip
+TICKS = dict(labelsize=8, grid_color="0.9", grid_linewidth=0.6)  # which are made late, without STYLE
 
 
-class Panels(NamedTuple):
-    """A figure, and its panels from the top down, by type."""
-
-    figure: Figure
-    axes: dict[str, list[Axes]]
-
-    @property
-    def first(self) -> list[Axes]:
-        return next(iter(self.axes.values()))
-
-
+@matplotlib.rc_context(STYLE)
 def plot_pareto(df: pd.DataFrame) -> Figure:
     """Plot explained variance, and the share of cross-entropy recovered, against L0.
 
@@ -54,7 +48,6 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
     dict_sizes where there are several, the most frequent one solid. SAEs without an evaluation, with numbers that are
     not finite or with an L0 of 0 are left out. Raises ValueError when none remains.
     """
-    panels = {"explained_variance": "Explained variance (share)", "ce_recovered": "CE recovered (share)"}
     df = _evaluated(df).sort_values("l0")
     require(len(df), "nothing to plot: no SAE has an evaluation with finite numbers and an L0 above 0")
     alike = _told_apart(df, but=["run", "dict_size"])
@@ -62,38 +55,29 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
     several = len(widths) > 1
     markers = dict(zip(widths if several else TYPES, cycle(MARKERS)))
     dashes = _dashes(df)
+    low, high = df["l0"].min(), df["l0"].max()
+    margin = max(1.2, 2 * math.sqrt(low / high))  # at least two octaves in sight, so two powers of 2
     look = dict(linewidth=1.4, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
 
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    for axes, (metric, label) in zip(figure.subplots(1, 2), panels.items()):
+    panels = zip(figure.subplots(1, 2), ("explained_variance", "ce_recovered"), ("Explained variance", "CE recovered"))
+    for axes, metric, label in panels:
         for (sae_type, width, *_), saes in df.groupby(["sae_type", "dict_size", *alike], dropna=False):
             row, marker = TYPES[sae_type], markers[width if several else sae_type]
             style = dict(color=row.colour, marker=marker, linestyle=dashes[width])
             axes.plot(saes["l0"], saes[metric], label=f"{row.label} {width}", **style, **look)
-        low, high = df["l0"].min(), df["l0"].max()
-        margin = max(1.2, 2 * math.sqrt(low / high))  # at least two octaves in sight, so two powers of 2
         axes.set_xscale("log", base=2)
-        axes.set_xlim(low / margin, high * margin)
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.set_xlabel("L0 (latents active per token)", fontsize=9)
-        axes.set_ylabel(label, fontsize=9)
-        _style(axes)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlim=(low / margin, high * margin), xlabel="L0 (latents active per token)", ylabel=f"{label} (share)")
+        axes.tick_params(**TICKS)
 
-    colours = [
-        Line2D([], [], label=row.label, color=row.colour, marker="" if several else markers[sae_type], **look)
-        for sae_type, row in TYPES.items()
-        if sae_type in set(df["sae_type"])
-    ]
-    shapes = [
-        Line2D([], [], label=f"{width} latents", color="0.4", marker=markers[width], linestyle=dashes[width], **look)
-        for width in widths
-        if several
-    ]
-    rows = [row for row in (colours, shapes) if row]
-    blank = Line2D([], [], linestyle="", label=" ")
-    handles = [handle for column in zip_longest(*rows, fillvalue=blank) for handle in column]  # legends fill columns
-    layout = dict(ncols=max(map(len, rows)), handlelength=2.4, handletextpad=0.6, columnspacing=1.2)
-    figure.legend(handles=handles, loc="outside lower center", fontsize=8, frameon=False, **layout)
+    entry = partial(Line2D, [], [], **look)
+    colours = [entry(label=row.label, color=row.colour, marker=markers.get(t)) for t, row in _types(df).items()]
+    shapes = [entry(label=f"{w} latents", color="0.4", marker=markers.get(w), linestyle=dashes[w]) for w in widths]
+    rows = [colours, shapes] if several else [colours]
+    columns = list(zip_longest(*rows, fillvalue=Line2D([], [], linestyle="", label=" ")))  # which legends fill
+    layout = dict(ncols=len(columns), handlelength=2.4, handletextpad=0.6, columnspacing=1.2)
+    figure.legend(handles=[*chain.from_iterable(columns)], loc="outside lower center", fontsize=8, **layout)
     return figure
 
 
@@ -104,29 +88,29 @@ def plot_training(df: pd.DataFrame, history: pd.DataFrame) -> Figure:
     held-out text. Explained variance below 0 is not shown. Raises ValueError when no SAE of the table has a row.
     """
     metrics = {"loss": "Loss", "explained_variance": "Expl. variance", "l0": "L0"}
-    panels = _over_training(df, history, metrics)
-    loss, variance, l0 = panels.first
-    highest_loss, highest_variance, highest_l0 = (max(a.dataLim.y1 for a in row) for row in zip(*panels.axes.values()))
+    figure = _over_training(df, history, metrics)
+    rows = np.reshape(figure.axes, (len(metrics) + 1, -1))[:-1]  # without the legends
+    (loss, *_), (variance, *_), (l0, *_) = rows
+    highest_loss, highest_variance, highest_l0 = (max(axes.dataLim.y1 for axes in row) for row in rows)
     if highest_loss > 0:
         loss.set_yscale("log")
-        loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-        loss.yaxis.set_minor_locator(NullLocator())
-        loss.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    if min(axes.dataLim.y0 for _, axes, _ in panels.axes.values()) < 0 < highest_variance:
+        loss.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5), numticks=6), minor_locator=NullLocator())
+        loss.yaxis.set_major_formatter("{x:g}")
+    if min(axes.dataLim.y0 for axes in rows[1]) < 0 < highest_variance:
         variance.set_ylim(0, 1.05 * highest_variance)
     if highest_l0 > 0:
         l0.set_yscale("log", base=2)
-        l0.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    return panels.figure
+        l0.yaxis.set_major_formatter("{x:g}")
+    return figure
 
 
 def plot_dead(df: pd.DataFrame, history: pd.DataFrame) -> Figure:
     """Plot the share of dead latents over training, for each SAE of a table; see `plot_training`."""
-    panels = _over_training(df, history, {"dead_share": "Dead latents"})
-    highest = max(0.01, *(axes.dataLim.y1 for (axes,) in panels.axes.values()))
-    panels.first[0].set_ylim(-0.03 * highest, 1.06 * highest)
-    panels.first[0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    return panels.figure
+    figure = _over_training(df, history, {"dead_share": "Dead latents"})
+    highest = max(0.01, *(axes.dataLim.y1 for axes in figure.axes))
+    figure.axes[0].set_ylim(-0.03 * highest, 1.06 * highest)
+    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    return figure
 
 
 def plot_density(df: pd.DataFrame, densities: Sequence[Float[np.ndarray, "dict_size"]]) -> Figure:
@@ -141,11 +125,10 @@ def plot_density(df: pd.DataFrame, densities: Sequence[Float[np.ndarray, "dict_s
     decades = max(1, -math.floor(math.log10(fired.min())))
     edges = np.logspace(-decades, 0, BINS_PER_DECADE * decades + 1)
     labels = [f"{label}, {(d == 0).mean():.0%} never" for label, d in zip(row_labels(df), densities)]
-    panels = _histograms(df, densities, edges, labels, "Share of tokens")
-    panels.first[0].set_xscale("log")
-    panels.first[0].xaxis.set_major_locator(LogLocator(numticks=5))
-    panels.first[0].xaxis.set_minor_locator(NullLocator())
-    return panels.figure
+    figure = _histograms(df, densities, edges, labels, "Share of tokens")
+    figure.axes[0].set_xscale("log")
+    figure.axes[0].xaxis.set(major_locator=LogLocator(numticks=5), minor_locator=NullLocator())
+    return figure
 
 
 def plot_cosines(df: pd.DataFrame, cosines: Sequence[Float[np.ndarray, "latents"]]) -> Figure:
@@ -155,8 +138,8 @@ def plot_cosines(df: pd.DataFrame, cosines: Sequence[Float[np.ndarray, "latents"
     learnt twice. Raises ValueError when there is not one array for each row.
     """
     _check_one_each(df, cosines)
-    edges = np.linspace(min(0.0, *(c.min() for c in cosines)), 1, BINS + 1)
-    return _histograms(df, cosines, edges, row_labels(df), "Cosine to nearest").figure
+    edges = np.linspace(min(0.0, *(c.min() for c in cosines)), 1, 41)
+    return _histograms(df, cosines, edges, row_labels(df), "Cosine to nearest")
 
 
 def save_figures(
@@ -171,7 +154,7 @@ def save_figures(
     would be empty are left out.
     """
     figures = {} if _evaluated(df).empty else {"pareto": plot_pareto(df)}
-    if history is not None and not _with_history(df, history).empty:
+    if history is not None and not df[["run", "name"]].merge(history).empty:
         figures |= {"training": plot_training(df, history), "dead": plot_dead(df, history)}
     if known := [i for i, c in enumerate(cosines) if c is not None and len(c)]:
         figures["cosines"] = plot_cosines(df.iloc[known], [cosines[i] for i in known])
@@ -190,23 +173,15 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
 # ---- the style ----
 
 
-def _style(axes: Axes) -> None:
-    axes.tick_params(labelsize=8)
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _evaluated(df: pd.DataFrame) -> pd.DataFrame:
     """Select the rows whose evaluation has a place in the Pareto plot."""
     metrics = ["l0", "explained_variance", "ce_recovered"]
     return df[np.isfinite(df[metrics]).all(axis=1) & (df["l0"] > 0)]
 
 
-def _with_history(df: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
-    """Select the rows that have a line of metrics."""
-    known = set(zip(history["run"], history["name"]))
-    return df[[key in known for key in zip(df["run"], df["name"])]]
+def _types(df: pd.DataFrame) -> dict[str, SaeType]:
+    """Select the types in a table, in the order of legends."""
+    return {sae_type: row for sae_type, row in TYPES.items() if sae_type in set(df["sae_type"])}
 
 
 def _check_one_each(df: pd.DataFrame, arrays: Sequence[np.ndarray]) -> None:
@@ -236,90 +211,77 @@ def row_labels(df: pd.DataFrame, but: Sequence[str] = ()) -> list[str]:
 
 
 def _lines(df: pd.DataFrame) -> list[dict]:
-    """Choose colour and dashes of each row: from light to dark within a type."""
-    shades = {t: iter(_shades(TYPES[t].colour, count)) for t, count in df["sae_type"].value_counts().items()}
-    dashes = _dashes(df)
-    both = zip(df["sae_type"], df["dict_size"])
-    return [dict(color=next(shades[t]), linestyle=dashes[width], linewidth=1.2) for t, width in both]
+    """Choose colour and dashes of each row: a type's rows go from light to dark, through its own colour."""
+    by_type, dashes = df.groupby("sae_type")["sae_type"], _dashes(df)
+    amounts = by_type.cumcount() / (by_type.transform("size") - 1) - 0.5  # nan where a type has one row
+    lines = []
+    for sae_type, width, amount in zip(df["sae_type"], df["dict_size"], amounts.fillna(0)):
+        colour = np.array(to_rgb(TYPES[sae_type].colour))
+        mixed = colour + abs(amount) * ((amount < 0) - colour)  # white is 1, black 0
+        lines.append(dict(color=tuple(mixed), linestyle=dashes[width], linewidth=1.2))
+    return lines
 
 
-def _shades(colour: str, count: int) -> list[tuple[float, ...]]:
-    """Mix a colour with less and less white, then with more and more black; one shade is the colour itself."""
-    base = np.array(to_rgb(colour))
-    amounts = np.linspace(-0.5, 0.5, count) if count > 1 else [0.0]
-    return [tuple(base + abs(amount) * ((amount < 0) - base)) for amount in amounts]
-
-
-def _panels(df: pd.DataFrame, y_labels: Sequence[str], x_label: str, labels: Sequence[str], height: float) -> Panels:
+@matplotlib.rc_context(STYLE)
+def _panels(
+    df: pd.DataFrame, y_labels: Collection[str], x_label: str, labels: Sequence[str], height: float
+) -> tuple[Figure, dict[str, Sequence[Axes]]]:
     """Lay out a column of panels for each type in the table: a panel for each y label, and the legend of its SAEs.
 
-    height: of a panel, in inches. Axes are shared along rows and columns.
+    height: of a panel, in inches. Axes are shared along rows and columns, so figure.axes[0] sets those of its row.
     """
-    types = [sae_type for sae_type in TYPES if sae_type in set(df["sae_type"])]
-    entries: dict[str, list[Line2D]] = {sae_type: [] for sae_type in types}
-    for sae_type, label, line in zip(df["sae_type"], labels, _lines(df)):
-        entries[sae_type].append(Line2D([], [], label=label, **line))
-    legend_height = 0.05 + 0.15 * max(map(len, entries.values()))
-    size = COLUMN_WIDTH * max(2, len(types)), height * len(y_labels) + 0.6 + legend_height
-    figure = Figure(figsize=size, layout="constrained")
-    letters = 7 * min(1, LEGEND_LETTERS / max(map(len, labels)))
-    heights = [*(height for _ in y_labels), legend_height]
-    grid = figure.add_gridspec(len(heights), len(types), height_ratios=heights)
-    panels: dict[str, list[Axes]] = {sae_type: [] for sae_type in types}
-    for column, sae_type in enumerate(types):
-        for row, y_label in enumerate(y_labels):
-            above, left = (panels[sae_type] or [None])[0], panels[types[0]][row] if column else None
-            axes = figure.add_subplot(grid[row, column], sharex=above or left, sharey=left)
-            panels[sae_type].append(axes)
-            _style(axes)
-            axes.tick_params(labelleft=column == 0, labelbottom=row == len(y_labels) - 1)
-            if column == 0:
-                axes.set_ylabel(y_label, fontsize=9)
-        panels[sae_type][0].set_title(
-            TYPES[sae_type].label, fontsize=9, color=TYPES[sae_type].colour, fontweight="bold"
-        )
-        panels[sae_type][-1].set_xlabel(x_label, fontsize=9)
-        below = figure.add_subplot(grid[-1, column])
-        below.set_axis_off()
-        layout = dict(handlelength=2, borderpad=0, labelspacing=0.3, borderaxespad=0)
-        below.legend(handles=entries[sae_type], loc="upper center", fontsize=letters, frameon=False, **layout)
+    types = _types(df)
+    heights = [height] * len(y_labels) + [0.05 + 0.15 * df["sae_type"].value_counts().max()]
+    figure = Figure(figsize=(COLUMN_WIDTH * max(2, len(types)), sum(heights) + 0.6), layout="constrained")
+    grid = figure.subplots(len(heights), len(types), sharex=True, sharey="row", squeeze=False, height_ratios=heights)
+    for axes in grid[:-1].flat:
+        axes.tick_params(**TICKS)
+    for axes, y_label in zip(grid[:, 0], y_labels):
+        axes.set_ylabel(y_label)
     figure.align_ylabels()
-    return Panels(figure, panels)
+    letters = 7 * min(1, LEGEND_LETTERS / max(map(len, labels)))
+    layout = dict(fontsize=letters, handlelength=2, borderpad=0, labelspacing=0.3, borderaxespad=0)
+    entries = list(zip(df["sae_type"], labels, _lines(df)))
+    for (sae_type, row), (*panels, below) in zip(types.items(), grid.T):
+        panels[0].set_title(row.label, color=row.colour)
+        panels[-1].set_xlabel(x_label)
+        panels[-1].tick_params(labelbottom=True)
+        handles = [Line2D([], [], label=label, **line) for of, label, line in entries if of == sae_type]
+        below.legend(handles=handles, loc="upper center", **layout)
+        below.set_axis_off()
+    return figure, dict(zip(types, grid.T))
 
 
-def _over_training(df: pd.DataFrame, history: pd.DataFrame, metrics: dict[str, str]) -> Panels:
+def _over_training(df: pd.DataFrame, history: pd.DataFrame, metrics: dict[str, str]) -> Figure:
     """Draw a panel for each metric (name -> y label): "train/..." as lines, "eval/..." as dots."""
-    curves = dict(list(history.groupby(["run", "name"])))
-    df = _with_history(df, history)
+    df = df.merge(history[["run", "name"]].drop_duplicates())
     require(len(df), "nothing to plot: no SAE of the table has a line of metrics")
-    panels = _panels(df, list(metrics.values()), "Training activations", row_labels(df), 1.3)
+    figure, panels = _panels(df, metrics.values(), "Training activations", row_labels(df), 1.3)
+    curves = history.groupby(["run", "name"])
     dots = dict(linestyle="", marker="o", markersize=3)
     for sae, line in zip(df.itertuples(), _lines(df)):
-        curve = curves[sae.run, sae.name]
-        for metric, axes in zip(metrics, panels.axes[sae.sae_type]):
+        curve = curves.get_group((sae.run, sae.name))
+        for metric, axes in zip(metrics, panels[sae.sae_type]):
             for key, look in ((f"train/{metric}", line), (f"eval/{metric}", line | dots)):
                 if key in curve:
                     known = curve[np.isfinite(curve[key])]
                     axes.plot(known["tokens"], known[key], **look)
-    panels.first[0].xaxis.set_major_locator(MaxNLocator(4))
-    panels.first[0].xaxis.set_major_formatter(EngFormatter(sep=""))
-    panels.first[0].set_xlim(left=0)
-    kinds = [
-        Line2D([], [], color="0.4", linewidth=1.2, label="training batches"),
-        Line2D([], [], color="0.4", label="held-out text", **dots),
-    ]
-    panels.figure.legend(handles=kinds, loc="outside lower center", fontsize=7, frameon=False, ncols=2)
-    return panels
+    figure.axes[0].xaxis.set(major_locator=MaxNLocator(4), major_formatter=EngFormatter(sep=""))
+    figure.axes[0].set_xlim(left=0)
+    grey = partial(Line2D, [], [], color="0.4")
+    kinds = [grey(label="training batches", linewidth=1.2), grey(label="held-out text", **dots)]
+    figure.legend(handles=kinds, loc="outside lower center", fontsize=7, frameon=False, ncols=2)
+    return figure
 
 
 def _histograms(
     df: pd.DataFrame, values: Sequence[np.ndarray], edges: np.ndarray, labels: Sequence[str], x_label: str
-) -> Panels:
+) -> Figure:
     """Draw a panel for each type, in it the outline of each SAE's histogram, in shares of all its values."""
-    panels = _panels(df, ["Share of latents"], x_label, labels, 1.7)
+    figure, panels = _panels(df, ["Share of latents"], x_label, labels, 1.7)
     for sae_type, value, line in zip(df["sae_type"], values, _lines(df)):
         counts, _ = np.histogram(value, edges)
-        panels.axes[sae_type][0].stairs(counts / len(value), edges, **line)
-    panels.first[0].set_xlim(edges[0], edges[-1])
-    panels.first[0].yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    return panels
+        panels[sae_type][0].stairs(counts / len(value), edges, **line)
+    figure.axes[0].set_xlim(edges[0], edges[-1])
+    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    return figure

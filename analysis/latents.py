@@ -1,6 +1,7 @@
-"""Compare a dictionary's latents with each other."""
+"""Look at a dictionary's latents: how often they fire, and how near to each other they are."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,8 +10,35 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from checkpoint import load_checkpoint
+from evaluation import batches, check_tokens
+from language_model import ordinary_positions, record
+from runtime.checks import require
+from sae import BaseAutoencoder
+
+if TYPE_CHECKING:  # importing it takes ten seconds
+    from transformer_lens.model_bridge import TransformerBridge
 
 COMPARED = 1 << 26  # cosines at a time: 256 MB
+
+
+@torch.no_grad()
+def feature_density(
+    sae: BaseAutoencoder, model: "TransformerBridge", tokens: Int[Tensor, "window pos"]
+) -> Float[Tensor, "dict_size"]:
+    """Find the share of ordinary positions at which each latent fires, in evaluation; the shares sum to L0.
+
+    Raises: ValueError when the tokens do not fit the model or are special ones only.
+    """
+    check_tokens(model, tokens)
+    device, hook = sae.W_dec.device, sae.cfg.hook_name
+    fired, positions = torch.zeros(sae.cfg.dict_size, dtype=torch.int64, device=device), 0
+    for batch in batches(tokens.to(model.cfg.device), sae.cfg.dict_size):
+        ordinary = ordinary_positions(batch, model.tokenizer)
+        if ordinary.any():
+            fired += (sae.encode(record(model, batch, [hook])[hook][ordinary].to(device)) > 0).sum(dim=0)
+            positions += int(ordinary.sum())
+    require(positions, f"tokens = {list(tokens.shape)}: special ones only; give text")
+    return fired / positions
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def benchmark(options: Namespace, dict_size: int) -> dict[tuple[str, str], list[
     for dtype, sae_type in itertools.product(options.product_dtype, options.sae_type):
         cfg = config(options, sae_type, dict_size, dtype)
         contenders[dtype, sae_type] = our_step(trainer(cfg, x), lambda: next(batches))
-        if options.auxk and SAE_TYPES[sae_type].uses_auxk:
+        if options.auxk and "aux_penalty" in TYPES[sae_type].fields:
             contenders[dtype, f"{sae_type}, 10% dead"] = our_step(trainer(cfg, x, DEAD_SHARE), lambda: next(batches))
         if options.dense and dtype == "float32":
             contenders[dtype, f"{sae_type}, dense"] = our_step(dense(trainer(cfg, x), x), lambda: next(batches))

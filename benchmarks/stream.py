@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from timing import interleaved, machine, median, print_table, write_json
+from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.utils.logging import disable_progress_bar
 
@@ -82,14 +83,18 @@ def main(options: Namespace) -> None:
                 num_batches_in_buffer=8,
             )
         )  # fmt: skip
-        store = ActivationsStore(load_model(cfg), [cfg])
-        read: list[int] = []
+        model, read = load_model(cfg), []
+        store = ActivationsStore(model, [cfg])
+
+        def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            read[-1] += (args[0] if args else kwargs["input_ids"]).numel()
+
+        model.original_model.register_forward_pre_hook(count, with_kwargs=True)
 
         def serve() -> None:
-            before = store.tokens_seen
+            read.append(0)
             for _ in range(SERVED_BATCHES):
                 store.next_batch()
-            read.append(store.tokens_seen - before)
 
         def bare(attention: str) -> Callable[[], None]:
             run = bare_forward(folder, cfg, attention)

@@ -7,7 +7,6 @@ The address and the token are huggingface_hub's: HF_ENDPOINT, and `hf auth login
 
 import copy
 import glob
-import math
 import os
 import tempfile
 from dataclasses import replace
@@ -45,15 +44,14 @@ def push_to_hub(
     repo_and_folder(f"{repo_id}:{folder}")
     card = model_card(sae, repo_id, folder, sweep)
     with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        save_checkpoint(public, root / folder)
-        for place in (root, root / folder):
-            (place / "README.md").write_text(card)
+        save_checkpoint(public, Path(temporary, folder))
+        Path(temporary, folder, "README.md").write_text(card)
+        Path(temporary, "README.md").write_text(card)
         remedy = "it takes a network, and `hf auth login` with a token that may write"
         with explained(f"{repo_id}: not pushed to the Hub", Exception, remedy=remedy):
             api = HfApi()
             api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=root, commit_message=f"SAE {folder}")
+            api.upload_folder(repo_id=repo_id, folder_path=temporary, commit_message=f"SAE {folder}")
     return f"{api.endpoint}/{repo_id}/tree/main/{folder}"
 
 
@@ -67,27 +65,25 @@ def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: str | Pat
 
     Raises ValueError when the sweep's folder does not hold the SAE, or holds it more than once.
     """
-    cfg = _public(sae.cfg)
+    cfg, load = _public(sae.cfg), f'from_pretrained("{repo_id}", "{folder}")'
     parts = [
         "---\nlibrary_name: saelens\ntags:\n- sparse-autoencoder\n- nn-decompositions\n---",
         f"# {cfg.name}",
         f"A {cfg.type.label} sparse autoencoder: {cfg.dict_size} latents of the {cfg.act_size} activations at"
         f" `{cfg.hook_name}` of `{cfg.model_name}`.",
         "## Load it",
-        f'```python\nfrom sae_lens import SAE  # SAELens\n\nsae = SAE.from_pretrained("{repo_id}", "{folder}")\n```',
-        "```python\nfrom interop.hub import from_pretrained  # NN Decompositions\n\n"
-        f'sae = from_pretrained("{repo_id}", "{folder}")\n```',
+        f"```python\nfrom sae_lens import SAE  # SAELens\n\nsae = SAE.{load}\n```",
+        f"```python\nfrom interop.hub import from_pretrained  # NN Decompositions\n\nsae = {load}\n```",
     ]
     if sweep is not None:
         runs = load_results(sweep)
-        rows = runs[runs["name"] == sae.cfg.name].to_dict("records")
+        rows = runs[runs["name"] == sae.cfg.name].drop(columns=[*HINTS], errors="ignore")
         found = f"sweep = {str(sweep)!r}: holds {len(rows)} runs named {sae.cfg.name}"
         require(len(rows) == 1, f"{found}; give the folder of the sweep that trained it")
-        numbers = {name: x for name, x in rows[0].items() if name not in HINTS and isinstance(x, float)}
-        metrics = {name: f"{x:.6g}" for name, x in numbers.items() if not math.isnan(x)}
-        progress = f"{rows[0]['step']:,} steps, {rows[0]['tokens']:,} tokens"
-        told = [f"After {progress}; cross-entropies (ce) in nats per token.", _table("metric", metrics)]
-        parts += ["## On held-out text", *(told if metrics else ["Not evaluated yet."])]
+        run = rows.iloc[0].dropna()
+        metrics = {name: f"{x:.6g}" for name, x in run.items() if isinstance(x, float)}
+        told = f"After {run['step']:,} steps, {run['tokens']:,} tokens; cross-entropies (ce) in nats per token."
+        parts += ["## On held-out text", *([told, _table("metric", metrics)] if metrics else ["Not evaluated yet."])]
     fields = {name: f"`{x}`" for name, x in cfg.to_dict().items() if name not in ("device", "output_dir")}
     return "\n\n".join([*parts, "## Config", _table("field", fields)]) + "\n"
 

@@ -21,7 +21,7 @@ What cannot be folded is refused by name. The rows of W_dec keep the norms they 
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,9 @@ from torch import Tensor
 from transformer_lens.supported_models import MODEL_ALIASES
 
 from checkpoint import CFG, COUNTERS, WEIGHTS, load_checkpoint, read_json
-from config import SITES, TYPES, Config
+from config import SITES, Config, unused_by
 from runtime.checks import explained, require
-from sae import SAE_TYPES, BaseAutoencoder
+from sae import BaseAutoencoder, build_sae
 
 NPZ, AE, AE_CONFIG, SPARSIFY, SCALER = "params.npz", "ae.pt", "config.json", "sae.safetensors", "activation_scaler.json"
 FILES = (CFG, WEIGHTS, COUNTERS, NPZ, AE, AE_CONFIG, SPARSIFY, SCALER)
@@ -46,6 +46,7 @@ DICT_CLASSES = {  # of dictionary_learning
     "AutoEncoder": "vanilla", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk",
     "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu",
 }  # fmt: skip
+LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}  # names of an encoder that is one of torch's layers
 GEMMA_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "z"}
 SPARSIFY_SITES = {  # module within a block -> site
     "": "resid_post", ".mlp": "mlp_out", ".attn": "attn_out", ".self_attn": "attn_out", ".attention": "attn_out",
@@ -72,7 +73,7 @@ def load_pretrained(
     forged: no code in them is run, and sizes, formats and finiteness are checked.
     """
     folder = Path(source) if Path(source).is_dir() else _download(str(source))
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    held = {path.name for path in folder.glob("*")}
     if {CFG, WEIGHTS} <= held and "nn_decompositions" in read_json(folder / CFG):
         sae = load_checkpoint(folder, device)
         place = _layer_and_site(hook_name or sae.cfg.hook_name)
@@ -87,18 +88,19 @@ def load_pretrained(
     wanted = ", or ".join(" with ".join(files) for files in formats)
     require(readers, f"{source}: holds no SAE ({wanted}); give the folder that does, of the Hub as user/repo:folder")
     fields, tensors = readers[0](folder)
-    fields |= {"model_name": model_name or fields["model_name"], "hook_name": hook_name or fields["hook_name"]}
-    for field in ("model_name", "hook_name"):
+    for field, given in (("model_name", model_name), ("hook_name", hook_name)):
+        fields[field] = given or fields.get(field)
         unsaid = f"{source}: does not say its {field}; give load_pretrained(..., {field}=...)"
         require(isinstance(fields[field], str), unsaid)
     fields |= _layer_and_site(fields.pop("hook_name"))
-    sizes = dict(zip(("act_size", "dict_size"), tensors["W_enc"].shape))
+    fields = {field: value for field, value in fields.items() if field not in unused_by(fields["sae_type"])}
+    fields["act_size"], fields["dict_size"] = tensors["W_enc"].shape
     with explained(f"{source}: cannot be opened here", ValueError):
-        cfg = Config(**{"input_unit_norm": False} | fields | sizes, device=str(device))
-    sae = SAE_TYPES[cfg.sae_type](cfg)
-    initialised = {"input_scale": torch.ones(())}  # training must not start it anew
-    sae.load_state_dict(sae.state_dict() | initialised | tensors)
-    return sae.to(device).eval()
+        cfg = Config(**{"input_unit_norm": False} | fields, device=str(device))
+    sae = build_sae(cfg)
+    trained = {"input_scale": torch.tensor(-1.0)}  # training measures the scale, and keeps b_dec and the thresholds
+    sae.load_state_dict(sae.state_dict() | trained | tensors)
+    return sae.eval()
 
 
 # ---- formats: each gives fields of Config, with hook_name in place of layer and site, and tensors by our names ----
@@ -106,7 +108,7 @@ def load_pretrained(
 
 def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what `SAE.save_model` of SAELens wrote. Before its version 6, cfg.json was flat, with other names."""
-    file = folder / CFG
+    file, weights = folder / CFG, folder / WEIGHTS
     cfg = read_json(file)
     metadata = cfg | cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
     activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
@@ -124,37 +126,32 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     in_norms, subtracted = cfg.get("rescale_acts_by_decoder_norm", False), cfg.get("apply_b_dec_to_input", True)
     _check(file, "rescale_acts_by_decoder_norm", in_norms, (True, False) if "topk" in architecture else (False,))
     _check(file, "apply_b_dec_to_input", subtracted, (True, False))
-    if processing := metadata.get("model_from_pretrained_kwargs"):
+    unsaid = metadata is cfg and "center_writing_weights, perhaps, which files from before SAELens 6 do not say"
+    if processing := metadata.get("model_from_pretrained_kwargs") or unsaid:
         warnings.warn(f"{file}: of a model loaded with {processing}; load_model gives raw weights", stacklevel=3)
-    elif metadata is cfg:
-        centred = "the model may have had center_writing_weights, which files of its time do not say"
-        warnings.warn(f"{file}: from before SAELens 6: {centred}; load_model gives raw weights", stacklevel=3)
 
-    found = _read_tensors(folder / WEIGHTS, {"topk_threshold": "threshold"})
+    found = _read_tensors(weights)
     unscaled = (found.pop("scaling_factor", torch.ones(())) == 1).all()
-    require(unscaled, f"{folder / WEIGHTS}: scaling_factor is not 1; latents scaled by finetuning are not opened")
-    tensors = _checked(folder / WEIGHTS, found, SAE_LENS_TYPES[architecture], cfg.get("d_in"), cfg.get("d_sae"))
-    scale = _scaling_factor(folder) if norm == SCALED else 1.0
+    require(unscaled, f"{weights}: scaling_factor is not 1; latents scaled by finetuning are not opened")
+    sae_type, sizes = SAE_LENS_TYPES[architecture], (cfg.get("d_in"), cfg.get("d_sae"))
+    tensors = _checked(weights, found, sae_type, sizes, {"topk_threshold": "threshold"})
+    scale = 1.0
+    if norm == SCALED:  # by the factor of its training (Conerly et al. 2024), which is saved beside its checkpoints
+        scale = read_json(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
+        problem = f"{file}: normalize_activations = {SCALED!r}, and {SCALER} holds no scaling_factor"
+        require(isinstance(scale, float) and 0 < scale < float("inf"), f"{problem}; write that of its training there")
     # TransformerLens, and so SAELens, has names of its own, such as "gpt2-small".
     model = metadata.get("model_name")
     fields = {
-        "sae_type": SAE_LENS_TYPES[architecture],
+        "sae_type": sae_type,
         "model_name": next((name for name, aliases in MODEL_ALIASES.items() if model in aliases), model),
         "hook_name": metadata.get("hook_name", metadata.get("hook_point")),
         "input_unit_norm": norm == "layer_norm",
         "seq_len": metadata.get("context_size") or Config.seq_len,
         "dataset_path": metadata.get("dataset_path") or Config.dataset_path,
+        "top_k": k,
     }
-    return fields | _top_k(fields["sae_type"], k), _folded(tensors, scale, in_norms, subtracted)
-
-
-def _scaling_factor(folder: Path) -> float:
-    """Read the factor of the inputs in training (Conerly et al. 2024), which SAELens saves beside its checkpoints."""
-    file = folder / SCALER
-    scale = read_json(file).get("scaling_factor") if file.is_file() else None
-    problem = f"{folder / CFG}: normalize_activations = {SCALED!r}, and {SCALER} holds no scaling_factor"
-    require(isinstance(scale, float) and 0 < scale < float("inf"), f"{problem}; write that of its training there")
-    return scale
+    return fields, _folded(tensors, scale, in_norms, subtracted)
 
 
 def _from_gemma_scope(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -163,8 +160,8 @@ def _from_gemma_scope(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     require(not re.search(r"/[^/ ]*transcoders?/", path), f"{file}: a transcoder; SAEs alone are opened here")
     found = _read_tensors(file)
     W_enc = found.get("W_enc", torch.empty(0))
-    tensors = _checked(file, found, "jumprelu", *(W_enc.shape if W_enc.ndim == 2 else (0, 0)))
-    fields: dict[str, Any] = {"sae_type": "jumprelu", "model_name": None, "hook_name": None}
+    tensors = _checked(file, found, "jumprelu", W_enc.shape if W_enc.ndim == 2 else (0, 0))
+    fields: dict[str, Any] = {"sae_type": "jumprelu"}
     if place := re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)\b.*/layer_(\d+)/", path):
         size, tuned, site, layer = place.groups()
         fields["model_name"] = f"google/gemma-2-{size}{'-it' * (tuned == 'it')}"
@@ -174,23 +171,21 @@ def _from_gemma_scope(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _from_dictionary_learning(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what dictionary_learning saved, as its `load_dictionary` does, which gives an AutoEncoder unit rows."""
-    file = folder / AE_CONFIG
+    file, weights = folder / AE_CONFIG, folder / AE
     trainer = read_json(file).get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}
-    dict_class = trainer.get("dict_class")
+    dict_class, sizes = trainer.get("dict_class"), (trainer.get("activation_dim"), trainer.get("dict_size"))
     _check(file, "dict_class", dict_class, DICT_CLASSES)
     sae_type = DICT_CLASSES[dict_class]
-    names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "bias": "b_dec"}
-    found = _read_tensors(folder / AE, names, transposed=("encoder.weight", "decoder.weight"))
-    for unused in ("k", "group_sizes", *(("threshold",) if sae_type == "topk" else ())):
-        found.pop(unused, None)
-    tensors = _checked(folder / AE, found, sae_type, trainer.get("activation_dim"), trainer.get("dict_size"))
-    submodule = re.fullmatch(r"(\w+)_layer_(\d+)", str(trainer.get("submodule_name") or "resid_post_layer_0"))
-    site = SITES.get(submodule[1]) if submodule else None
-    hook_name = f"blocks.{trainer.get('layer')}.{site}" if site else None
-    fields = {"sae_type": sae_type, "model_name": trainer.get("lm_name"), "hook_name": hook_name}
+    unused = ("k", "group_sizes", "threshold") if sae_type == "topk" else ("k", "group_sizes")
+    found = {name: tensor for name, tensor in _read_tensors(weights).items() if name not in unused}
+    tensors = _checked(weights, found, sae_type, sizes, LINEAR | {"decoder.weight": "W_dec", "bias": "b_dec"})
+    fields = {"sae_type": sae_type, "model_name": trainer.get("lm_name"), "top_k": trainer.get("k")}
+    site, _, _ = str(trainer.get("submodule_name") or "resid_post").partition("_layer_")
+    if site in SITES:
+        fields["hook_name"] = f"blocks.{trainer.get('layer')}.{SITES[site]}"
     in_norms, subtracted = dict_class == "AutoEncoder", dict_class != "JumpReluAutoEncoder"
-    return fields | _top_k(sae_type, trainer.get("k")), _folded(tensors, 1.0, in_norms, subtracted)
+    return fields, _folded(tensors, 1.0, in_norms, subtracted)
 
 
 def _from_sparsify(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -198,7 +193,7 @@ def _from_sparsify(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     The folder's name is the module, as in "layers.5.mlp"; config.json beside the folder names the model.
     """
-    file, run = folder / CFG, folder.parent / AE_CONFIG
+    file, weights, run = folder / CFG, folder / SPARSIFY, folder.parent / AE_CONFIG
     cfg = read_json(file)
     _check(file, "activation", cfg.get("activation", "topk"), ("topk",))
     for option in ("transcode", "skip_connection", "multi_topk", "signed"):
@@ -206,17 +201,14 @@ def _from_sparsify(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     D, F, factor = cfg.get("d_in"), cfg.get("num_latents"), cfg.get("expansion_factor")
     if not F and isinstance(D, int) and isinstance(factor, int):
         F = D * factor
-    names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
-    found = _read_tensors(folder / SPARSIFY, names, transposed=("encoder.weight",))
+    tensors = _checked(weights, _read_tensors(weights), "topk", (D, F), LINEAR)
+    fields = {"sae_type": "topk", "top_k": cfg.get("k")}
+    if run.is_file():
+        fields["model_name"] = read_json(run).get("model")
     module = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.\w+)?", folder.name)
-    site = SPARSIFY_SITES.get(module[2] or "") if module else None
-    fields = {
-        "sae_type": "topk",
-        "model_name": read_json(run).get("model") if run.is_file() else None,
-        "hook_name": f"blocks.{module[1]}.{SITES[site]}" if site else None,
-        "top_k": cfg.get("k"),
-    }
-    return fields, _checked(folder / SPARSIFY, found, "topk", D, F)
+    if module and (site := SPARSIFY_SITES.get(module[2] or "")):
+        fields["hook_name"] = f"blocks.{module[1]}.{SITES[site]}"
+    return fields, tensors
 
 
 def _folded(
@@ -239,10 +231,6 @@ def _folded(
         shift = torch.cat([b_dec @ block.double() for block in folded["W_enc"].split(CHUNK, dim=1)])
         folded["b_enc"] = (folded["b_enc"].double() + shift).float()
     return folded
-
-
-def _top_k(sae_type: str, k: object) -> dict[str, Any]:
-    return {"top_k": k} if "top_k" in TYPES[sae_type].fields else {}
 
 
 def _layer_and_site(hook_name: str) -> dict[str, Any]:
@@ -277,11 +265,8 @@ def _check(file: Path, field: str, value: object, allowed: Iterable[object]) -> 
     require(known, f"{file}: {field} = {value!r:.80}: not opened here; can be {', '.join(map(repr, allowed))}")
 
 
-def _read_tensors(file: Path, names: Mapping[str, str] = {}, transposed: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Read a .safetensors, .npz or .pt, running no code in it and taking no memory that the file does not fill.
-
-    names: ours, by the file's. transposed: those, by the file's names, that have rows where ours have columns.
-    """
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read a .safetensors, .npz or .pt, running no code in it and taking no memory that the file does not fill."""
     size = file.stat().st_size
     if file.suffix != ".safetensors":
         with explained(f"{file}: not a whole zip archive", Exception), zipfile.ZipFile(file) as archive:
@@ -301,30 +286,31 @@ def _read_tensors(file: Path, names: Mapping[str, str] = {}, transposed: Iterabl
     require(named, f"{file}: holds more than named tensors; give the file that its library saves")
     filled = sum(tensor.numel() * tensor.itemsize for tensor in values) <= size
     require(filled, f"{file}: its tensors say that they are larger than the file; it is forged")
-    found = {name: t.detach().t() if name in transposed and t.ndim == 2 else t.detach() for name, t in found.items()}
-    return {names.get(name, name): tensor for name, tensor in found.items()}
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def _checked(
-    file: Path, tensors: dict[str, Tensor], sae_type: str, act_size: object, dict_size: object
+    file: Path, found: dict[str, Tensor], sae_type: str, sizes: Sequence[object], names: Mapping[str, str] = {}
 ) -> dict[str, Tensor]:
     """Return the tensors in float32, once they are those of the type, as large as is said, and finite.
 
-    Thresholds below 0, which all formats have behind a ReLU, become 0.
+    sizes: act_size and dict_size, as the files say. names: ours, by the file's. torch's layers have rows in "...weight"
+    where we have columns. Thresholds below 0, which all formats have behind a ReLU, become 0.
     """
-    D, F = act_size, dict_size
+    D, F = sizes
     shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
     shapes |= {"jumprelu": {"threshold": (F,)}, "batchtopk": {"threshold": ()}}.get(sae_type, {})
+    turned = {name: t.t() if name.endswith(".weight") and t.ndim == 2 else t for name, t in found.items()}
+    tensors = {names.get(name, name): tensor for name, tensor in turned.items()}
     theirs = tensors.keys() == shapes.keys()
     require(theirs, f"{file}: holds {sorted(tensors)[:9]}; a {sae_type} SAE has {sorted(shapes)}")
-    checked = {}
     for name, shape in shapes.items():
-        tensor, says = tensors[name], f"{list(shape)} of floating-point numbers"
-        fits = tensor.dtype in FLOATS and tuple(tensor.shape) == shape
-        require(fits, f"{file}: {name} is {list(tensor.shape)} of {tensor.dtype}, should be {says}")
-        checked[name] = tensor.float()
-        finite = tensor.numel() and torch.stack(checked[name].aminmax()).isfinite().all()
+        tensor, should = tensors[name], f"{list(shape)} of floating-point numbers"
+        fits = tensor.dtype in FLOATS and tensor.shape == shape
+        require(fits, f"{file}: {name} is {list(tensor.shape)} of {tensor.dtype}, should be {should}")
+        tensors[name] = tensor.float()
+        finite = tensor.numel() and torch.stack(tensors[name].aminmax()).isfinite().all()
         require(finite, f"{file}: {name} is empty or has numbers that are not finite; get the file again")
-    if "threshold" in checked:
-        checked["threshold"] = checked["threshold"].clamp_min(0)
-    return checked
+    if "threshold" in tensors:
+        tensors["threshold"].clamp_min_(0)
+    return tensors

@@ -8,10 +8,9 @@ a block of rows and latents at a time: on a CPU no [batch, dict_size] tensor is 
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels import sparse
@@ -26,36 +25,22 @@ MAX_DENSITY = 0.1  # share of latents above which a dense step is faster than a 
 SAMPLE_ROWS = 32  # that tell how dense a batch is
 
 
-class _Entries(NamedTuple):
-    """Some pre-activations, with the row and the latent of each."""
+def _chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, bias: bool = True) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield x W_enc + b_enc, or without the bias, in x's dtype, a block at a time: its rows, its latents, its numbers.
 
-    pre: Float[Tensor, "entries"]
-    rows: Int[Tensor, "entries"]
-    latents: Int[Tensor, "entries"]
-
-
-def _chunks(
-    x: Float[Tensor, "batch act_size"],
-    W_enc: Float[Tensor, "act_size dict_size"],
-    b_enc: Float[Tensor, "dict_size"] | None,
-) -> Iterator[tuple[slice, slice, Float[Tensor, "rows latents"]]]:
-    """Yield x W_enc + b_enc (or without it) in x's dtype, a block at a time, with its rows and latents."""
+    The next block is written over the last.
+    """
     batch, dict_size = len(x), W_enc.shape[1]
+    rows, latents = CPU_CHUNK_ROWS, CPU_CHUNK_LATENTS
     if sparse.on_gpu(x):
-        rows, latents = batch, min(dict_size, max(1024, GPU_CHUNK_ELEMENTS // batch))
-    else:
-        rows, latents = min(batch, CPU_CHUNK_ROWS), min(dict_size, CPU_CHUNK_LATENTS)
-    buffer = x.new_empty(rows * latents)
+        rows, latents = batch, max(1024, GPU_CHUNK_ELEMENTS // batch)
+    buffer = x.new_empty(min(rows, batch) * min(latents, dict_size))
     for r in range(0, batch, rows):
         x_r = x[r : r + rows]
         for l in range(0, dict_size, latents):
             block = slice(l, min(l + latents, dict_size))
             pre = buffer[: len(x_r) * (block.stop - l)].view(len(x_r), -1)
-            W = W_enc[:, block].to(x.dtype)
-            if b_enc is None:
-                torch.mm(x_r, W, out=pre)
-            else:
-                torch.addmm(b_enc[block].to(x.dtype), x_r, W, out=pre)
+            torch.addmm(b_enc[block].to(x.dtype), x_r, W_enc[:, block].to(x.dtype), beta=float(bias), out=pre)
             yield slice(r, r + len(x_r)), block, pre
 
 
@@ -75,11 +60,10 @@ def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection:
         pre, support = candidates
         counts = support.offsets.diff()
         width = max(k, int(counts.max()))
-        place = support.rows * width + torch.arange(len(pre)) - support.offsets[support.rows]
-        padded = pre.new_full((len(x) * width,), -torch.inf).index_copy_(0, place, pre).view(-1, width)
-        top = padded.topk(k, sorted=False)
-        values = top.values
-        indices = support.indices[(support.offsets[:-1, None] + top.indices).clamp_max(len(pre) - 1)]
+        filled = torch.arange(width) < counts[:, None]
+        padded = pre.new_full(filled.shape, -torch.inf).masked_scatter_(filled, pre)
+        values, places = padded.topk(k, sorted=False)
+        indices = support.indices[(support.offsets[:-1, None] + places).clamp_max(len(pre) - 1)]
         short = (counts < k).nonzero().squeeze(1)
         if len(short):
             values[short], indices[short] = _topk_directly(x[short], W_enc, b_enc, k)
@@ -95,41 +79,35 @@ def _candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Selection | 
     expected = k if first == dict_size else min(k, math.ceil(mean + 4 * mean**0.5 + 3))  # rarely more
     if expected > first // GROUP * 3 // 4:
         return None
-    found: list[_Entries] = []
-    count = 0
+    found, count = [], 0
     for rows, block, pre in _chunks(x, W_enc, b_enc):
         if block.start == 0:
             maxima = pre[:, : first // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(dim=1)
             floor = maxima.topk(expected, sorted=False).values.amin(dim=1, keepdim=True)  # [rows, 1]
         found.append(_entries(pre, pre >= floor, rows, block))
-        count += len(found[-1].pre)
+        count += len(found[-1][0])
         if count > MOST_CANDIDATES * k * len(x):  # latents are in an order: the first block is no sample
             return None
     return _by_row(found, len(x), dict_size) if count else None  # none where nothing is finite
 
 
-def _topk_directly(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int
-) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """Take the k largest of each block, then of what these kept."""
-    values, indices = [], []
-    best: list[tuple[Tensor, Tensor]] = []
+def _topk_directly(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Take the k largest of each block, then of what these kept: values and latents, both [batch, k]."""
+    values, indices, best = [], [], []
     for _, block, pre in _chunks(x, W_enc, b_enc):
-        top = pre.topk(min(k, pre.shape[1]), sorted=False)
-        best.append((top.values, top.indices + block.start))
+        top, places = pre.topk(min(k, pre.shape[1]), sorted=False)
+        best.append((top, places + block.start))
         if block.stop == W_enc.shape[1]:
             candidates, latents = (torch.cat(c, dim=1) for c in zip(*best))
-            top = candidates.topk(k, sorted=False)
-            values.append(top.values)
-            indices.append(latents.gather(1, top.indices))
+            top, places = candidates.topk(k, sorted=False)
+            values.append(top)
+            indices.append(latents.gather(1, places))
             best.clear()
     return torch.cat(values), torch.cat(indices)
 
 
-def _entries(
-    pre: Float[Tensor, "rows latents"], mask: Bool[Tensor, "rows latents"], rows: slice, block: slice
-) -> _Entries:
-    """Collect the few entries of a block where the mask is true, row after row."""
+def _entries(pre: Tensor, mask: Tensor, rows: slice, block: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Collect the few entries of a block where the mask is true, row after row: pre-activations, rows and latents."""
     mask = mask.flatten()
     if len(mask) % 8:
         flat = mask.nonzero().squeeze(1)
@@ -139,15 +117,14 @@ def _entries(
         hit, place = eights[hits].view(torch.bool).view(-1, 8).nonzero(as_tuple=True)
         flat = hits[hit] * 8 + place
     width = pre.shape[1]
-    return _Entries(pre.flatten()[flat], flat // width + rows.start, flat % width + block.start)
+    return pre.flatten()[flat], flat // width + rows.start, flat % width + block.start
 
 
-def _by_row(found: list[_Entries], batch: int, dict_size: int) -> Selection:
+def _by_row(found: list[tuple[Tensor, Tensor, Tensor]], batch: int, dict_size: int) -> Selection:
     """Sort entries found block by block into rows."""
-    values, rows, indices = (torch.cat(c) for c in zip(*found))
+    pre, rows, latents = (torch.cat(c) for c in zip(*found))
     rows, order = rows.sort(stable=True)
-    offsets = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device))
-    return Selection(values[order], Support(indices[order], offsets, dict_size))
+    return Selection(pre[order], Support.of(rows, latents[order], batch, dict_size))
 
 
 @torch.no_grad()
@@ -162,35 +139,30 @@ def above(
     if sparse.on_gpu(x):
         return None
     cut = floor - b_enc  # so that the bias, a pass over every block, is added to the entries alone
-    _, block, product = next(_chunks(_sample(x), W_enc, None))
+    _, block, product = next(_chunks(x[:: max(1, len(x) // SAMPLE_ROWS)], W_enc, b_enc, bias=False))
     if (product > cut[block]).float().mean() > max_density:
         return None
-    found = [_entries(p, p > cut[block], rows, block) for rows, block, p in _chunks(x, W_enc, None)]
+    found = [_entries(p, p > cut[block], rows, block) for rows, block, p in _chunks(x, W_enc, b_enc, bias=False)]
     product, support = _by_row(found, len(x), W_enc.shape[1])
     return Selection(product + b_enc[support.indices], support)
-
-
-def rank_in_group(
-    order: Int[Tensor, "nnz"], groups: Int[Tensor, "nnz"], starts: Int[Tensor, "groups"]
-) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
-    """Take entries group by group, each group's in the given order, and number every entry within its group.
-
-    starts: how many entries earlier groups have.
-    """
-    groups, by_group = groups[order].sort(stable=True)
-    return order[by_group], torch.arange(len(order), device=order.device) - starts[groups]
 
 
 def at_most(selection: Selection, k: int) -> Selection:
     """Keep the k largest pre-activations of each row that has more."""
     pre, support = selection
-    counts = support.offsets.diff()
-    if counts.max() <= k:
+    if support.offsets.diff().max() <= k:
         return selection
-    order, rank = rank_in_group(pre.sort(descending=True).indices, support.rows, support.offsets)
-    kept = order[rank < k]
-    offsets = torch.cat([support.offsets[:1], counts.clamp_max(k).cumsum(0)])
-    return Selection(pre[kept], Support(support.indices[kept], offsets, support.dict_size))
+    order = pre.sort(descending=True).indices
+    rows, by_row = support.rows[order].sort(stable=True)  # each row's entries, the largest first
+    rank = torch.arange(len(pre), device=pre.device) - support.offsets[rows]
+    return _only(selection, order[by_row[rank < k]])
+
+
+def _only(selection: Selection, kept: Int[Tensor, "kept"]) -> Selection:
+    """Keep some entries, in the order of their rows."""
+    pre, support = selection
+    rows, indices = support.rows[kept], support.indices[kept]
+    return Selection(pre[kept], Support.of(rows, indices, len(support.offsets) - 1, support.dict_size))
 
 
 @torch.no_grad()
@@ -203,48 +175,34 @@ def batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, guess: Float[Tens
     wanted = k * len(x)
     if sparse.on_gpu(x):
         return _batchtopk_on_gpu(x, W_enc, b_enc, wanted)
-    floor = max(guess.item(), 0.0) or _smallest_kept_in_sample(x, W_enc, b_enc, k)
-    while True:
-        candidates = above(x, W_enc, b_enc, torch.full_like(b_enc, floor), max_density=1.0)
-        if len(candidates.pre) >= wanted or floor == 0:
+    floor = max(guess.item(), 0.0)
+    if floor == 0:  # before the first guess: estimate it, somewhat low, from a few rows
+        sample = x[:: max(1, len(x) // SAMPLE_ROWS)]
+        pre = torch.addmm(b_enc, sample.to(W_enc.dtype), W_enc)
+        floor = max(0.0, 0.9 * pre.flatten().topk(k * len(sample)).values[-1].item())
+    for low in (floor, floor / 2, floor / 8, 0.0):
+        candidates = above(x, W_enc, b_enc, torch.full_like(b_enc, low), max_density=1.0)
+        if len(candidates.pre) >= wanted or low == 0:
             break
-        floor = floor / 2 if 1e-3 < floor < float("inf") else 0.0
     if len(candidates.pre) <= wanted:
         return candidates
-    kept = candidates.pre.topk(wanted, sorted=False).indices.sort().values  # rows stay in order
-    return _csr(candidates.pre[kept], candidates.support.rows[kept], candidates.support.indices[kept], len(x), b_enc)
-
-
-def _sample(x: Float[Tensor, "batch act_size"]) -> Float[Tensor, "sample act_size"]:
-    return x[:: max(1, len(x) // SAMPLE_ROWS)]
-
-
-def _smallest_kept_in_sample(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> float:
-    """Estimate, somewhat low, the smallest entry that a batch keeps, from a few of its rows."""
-    sample = _sample(x)
-    pre = torch.addmm(b_enc, sample.to(W_enc.dtype), W_enc)
-    return max(0.0, 0.9 * pre.flatten().topk(k * len(sample)).values[-1].item())
+    return _only(candidates, candidates.pre.topk(wanted, sorted=False).indices.sort().values)  # rows stay in order
 
 
 def _batchtopk_on_gpu(x: Tensor, W_enc: Tensor, b_enc: Tensor, wanted: int) -> Selection:
     """Do the same without waiting for the device: exactly `wanted` entries, some perhaps not positive."""
-    values = x.new_empty(0)
-    keys = torch.empty(0, dtype=torch.int64, device=x.device)  # row * dict_size + latent
+    dict_size = len(b_enc)
+    found = []
     for rows, block, pre in _chunks(x, W_enc, b_enc):
-        top = pre.flatten().topk(min(wanted, pre.numel()), sorted=False)
-        row, latent = top.indices // pre.shape[1], top.indices % pre.shape[1]
-        values = torch.cat([values, top.values])
-        keys = torch.cat([keys, (row + rows.start) * len(b_enc) + latent + block.start])
-        if len(values) > wanted:
-            values, kept = values.topk(wanted, sorted=False)
-            keys = keys[kept]
+        values, top = pre.flatten().topk(min(wanted, pre.numel()), sorted=False)
+        row, latent = top // pre.shape[1] + rows.start, top % pre.shape[1] + block.start
+        found.append((values, row * dict_size + latent))
+    values, keys = (torch.cat(c) for c in zip(*found))
+    if len(found) > 1:
+        values, kept = values.topk(wanted, sorted=False)
+        keys = keys[kept]
     keys, order = keys.sort()
-    return _csr(values[order], keys // len(b_enc), keys % len(b_enc), len(x), b_enc)
-
-
-def _csr(pre: Tensor, rows: Tensor, indices: Tensor, batch: int, b_enc: Tensor) -> Selection:
-    offsets = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device))
-    return Selection(pre, Support(indices, offsets, len(b_enc)))
+    return Selection(values[order], Support.of(keys // dict_size, keys % dict_size, len(x), dict_size))
 
 
 def topk_mask(pre: Float[Tensor, "batch dict_size"], k: int) -> Tensor:

@@ -39,6 +39,11 @@ class Support:
     offsets: Int[Tensor, "batch_plus_1"]
     dict_size: int
 
+    @classmethod
+    def of(cls, rows: Int[Tensor, "nnz"], indices: Int[Tensor, "nnz"], batch: int, dict_size: int) -> "Support":
+        """Make the support of entries that are in the order of their rows."""
+        return cls(indices, starts_of(rows, batch), dict_size)
+
     @cached_property
     def rows(self) -> Int[Tensor, "nnz"]:
         """The row of every entry."""
@@ -49,8 +54,7 @@ class Support:
     def by_latent(self) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"], Int[Tensor, "dict_size_plus_1"]]:
         """Transpose: the order that sorts entries by latent, their rows in it, and where each latent starts."""
         latents, order = self.indices.sort(stable=True)
-        starts = torch.searchsorted(latents, torch.arange(self.dict_size + 1, device=latents.device))
-        return order, self.rows[order], starts
+        return order, self.rows[order], starts_of(latents, self.dict_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +79,7 @@ class SparseLatents:
         if self.support is not None:
             return self.acts, self.support
         rows, indices = self.acts.nonzero(as_tuple=True)
-        offsets = torch.searchsorted(rows, torch.arange(len(self.acts) + 1, device=rows.device))
-        return self.acts[rows, indices], Support(indices, offsets, self.acts.shape[1])
+        return self.acts[rows, indices], Support.of(rows, indices, *self.acts.shape)
 
     @property
     def values(self) -> Float[Tensor, "nnz"]:
@@ -101,12 +104,11 @@ class SparseLatents:
     def to_dense(self) -> Float[Tensor, "batch dict_size"]:
         if self.support is None:
             return self.acts
-        F = self.support.dict_size
-        dense = self.acts.new_zeros(len(self) * F)
-        return dense.index_add(0, self.rows * F + self.indices, self.acts).view(len(self), F)
+        zeros = self.acts.new_zeros(len(self), self.support.dict_size)
+        return zeros.index_put_((self.rows, self.indices), self.acts)
 
     def beside(self, per_latent: Float[Tensor, "dict_size"]) -> Float[Tensor, "*entries"]:
-        """Lay a number of each latent beside its entries: [nnz], or [dict_size] to be broadcast over dense rows."""
+        """Lay each latent's number beside its entries: [nnz], or [dict_size] to be broadcast over dense rows."""
         return per_latent if self.support is None else per_latent.index_select(0, self.support.indices)
 
     def fired(self) -> Bool[Tensor, "dict_size"]:
@@ -121,12 +123,9 @@ class SparseLatents:
 
         Part 0 has the latents below widths[0], part 1 the further ones below widths[1], and so on.
         """
-        assert self.support is not None
-        part = torch.bucketize(self.support.indices, widths, right=True)
-        part, order = part.sort(stable=True)
-        rows = part * len(self) + self.rows[order]
-        offsets = torch.searchsorted(rows, torch.arange(len(widths) * len(self) + 1, device=rows.device))
-        return self.acts[order], Support(self.support.indices[order], offsets, self.support.dict_size)
+        part, order = torch.bucketize(self.indices, widths, right=True).sort(stable=True)
+        rows, batch = part * len(self) + self.rows[order], len(widths) * len(self)
+        return self.acts[order], Support.of(rows, self.indices[order], batch, self.support.dict_size)
 
 
 class Selection(NamedTuple):
@@ -134,6 +133,11 @@ class Selection(NamedTuple):
 
     pre: Float[Tensor, "nnz"]
     support: Support
+
+
+def starts_of(sorted_groups: Int[Tensor, "nnz"], count: int) -> Int[Tensor, "count_plus_1"]:
+    """Find where each of `count` groups starts among entries that are sorted by group, and where the last one ends."""
+    return torch.searchsorted(sorted_groups, torch.arange(count + 1, device=sorted_groups.device))
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -167,8 +171,6 @@ class GradientMemory:
 
 
 class _PreActivations(torch.autograd.Function):
-    """Send gradients from the chosen pre-activations, whose values are known, to x, W_enc, b_enc and b_dec."""
-
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, centred: Tensor,
@@ -186,35 +188,24 @@ class _PreActivations(torch.autograd.Function):
         grad = grad.contiguous()
         d_W_enc = _bags_by_latent(grad, support, centred, ctx.memory.take("W_enc")).t()
         d_b_enc = torch.zeros_like(W_enc[0]).index_add_(0, support.indices, grad)
-        d_b_dec = -(W_enc @ d_b_enc)
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            d_x = _bags_by_row(grad, support, W_enc.t())
-        return d_x, d_W_enc, d_b_enc, d_b_dec, None, None, None
+        d_x = _bags(grad, support.indices, support.offsets, W_enc.t()) if ctx.needs_input_grad[0] else None
+        return d_x, d_W_enc, d_b_enc, -(W_enc @ d_b_enc), None, None, None
 
 
 class _Decode(torch.autograd.Function):
-    """Sum decoder rows, weighted by the latents."""
-
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, values: Tensor, W_dec: Tensor, support: Support, memory: GradientMemory
-    ) -> Float[Tensor, "batch act_size"]:
+    def forward(ctx: FunctionCtx, values: Tensor, W_dec: Tensor, support: Support, memory: GradientMemory) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.support, ctx.memory = support, memory
-        return _bags_by_row(values, support, W_dec)
+        return _bags(values, support.indices, support.offsets, W_dec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Float[Tensor, "batch act_size"]) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
-        support: Support = ctx.support
         grad = grad.contiguous()
-        d_values = _dots(grad, W_dec, support) if ctx.needs_input_grad[0] else None
-        d_W_dec = None
-        if ctx.needs_input_grad[1]:
-            d_W_dec = _bags_by_latent(values, support, grad, ctx.memory.take("W_dec"))
-        return d_values, d_W_dec, None, None
+        d_W_dec = _bags_by_latent(values, ctx.support, grad, ctx.memory.take("W_dec"))
+        return _dots(grad, W_dec, ctx.support), d_W_dec, None, None
 
 
 def pre_activations(
@@ -226,7 +217,7 @@ def pre_activations(
     selection: Selection,
     memory: GradientMemory | None = None,
 ) -> Float[Tensor, "nnz"]:
-    """Give the pre-activations of a selection, from `centred` = x - b_dec, gradients to the first four arguments."""
+    """Let gradients flow from a selection, made of `centred` = x - b_dec, to the first four arguments."""
     return _PreActivations.apply(x, W_enc, b_enc, b_dec, centred, selection, memory or GradientMemory())
 
 
@@ -241,8 +232,6 @@ def decode(
 
 
 class _SplitRows(torch.autograd.Function):
-    """Split some rows off a matrix; their gradient is added to the matrix's in place, not as a second matrix."""
-
     @staticmethod
     def forward(ctx: FunctionCtx, matrix: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         ctx.chosen = chosen
@@ -257,47 +246,33 @@ class _SplitRows(torch.autograd.Function):
 def split_rows(
     matrix: Float[Tensor, "dict_size act_size"], chosen: Int[Tensor, "chosen"]
 ) -> tuple[Float[Tensor, "dict_size act_size"], Float[Tensor, "chosen act_size"]]:
-    """Return the matrix, to be used by `pre_activations` or `decode` alone, and its chosen rows, for any use."""
+    """Return the matrix, to be used by `pre_activations` or `decode` alone, and its chosen rows, for any use.
+
+    The rows' gradient is added in place to the matrix's, which those two made: there is no second matrix.
+    """
     return _SplitRows.apply(matrix, chosen)
 
 
-def _bags_by_row(weights: Tensor, support: Support, matrix: Float[Tensor, "dict_size act_size"]) -> Tensor:
-    """Sum weight * matrix[latent] over the entries of each row."""
-    return embedding_bag(
-        support.indices, matrix, support.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
+def _bags(weights: Tensor, indices: Tensor, offsets: Tensor, matrix: Tensor) -> Float[Tensor, "bags act_size"]:
+    """Sum weight * matrix[index] over the entries of each bag, which begin at the offsets."""
+    return embedding_bag(indices, matrix, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
-def _bags_by_latent(
-    weights: Tensor, support: Support, matrix: Float[Tensor, "batch act_size"], memory: Tensor | None
-) -> Float[Tensor, "dict_size act_size"]:
-    """Sum weight * matrix[row] over the entries of each latent, in `memory` if given."""
+def _bags_by_latent(weights: Tensor, support: Support, matrix: Tensor, memory: Tensor | None) -> Tensor:
+    """Sum weight * matrix[row] over the entries of each latent: [dict_size, act_size], in `memory` if given."""
     order, rows, starts = support.by_latent
     weights = weights[order]
-
-    def bags(entries: slice, starts: Tensor) -> Tensor:
-        return embedding_bag(
-            rows[entries], matrix, starts, mode="sum", per_sample_weights=weights[entries], include_last_offset=True
-        )
-
     if memory is None:
-        return bags(slice(None), starts)
+        return _bags(weights, rows, starts, matrix)
     for latent, block in zip(range(0, len(memory), BAGGED_LATENTS), memory.split(BAGGED_LATENTS)):
         edges = starts[latent : latent + len(block) + 1]
         first, last = int(edges[0]), int(edges[-1])
-        block.copy_(bags(slice(first, last), edges - first))
+        block.copy_(_bags(weights[first:last], rows[first:last], edges - first, matrix))
     return memory.detach()  # a tensor of its own, which autograd makes the parameter's gradient without a copy
 
 
-def _dots(
-    rows: Float[Tensor, "batch act_size"], matrix: Float[Tensor, "dict_size act_size"], support: Support
-) -> Tensor:
+def _dots(rows: Tensor, matrix: Tensor, support: Support) -> Float[Tensor, "nnz"]:
     """Multiply rows[row] . matrix[latent] for every entry."""
-    pattern = torch.sparse_csr_tensor(
-        support.offsets,
-        support.indices,
-        rows.new_zeros(len(support.indices)),
-        size=(len(rows), len(matrix)),
-        check_invariants=False,
-    )
+    zeros, size = rows.new_zeros(len(support.indices)), (len(rows), len(matrix))
+    pattern = torch.sparse_csr_tensor(support.offsets, support.indices, zeros, size, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, rows, matrix.t(), beta=0.0).values()

@@ -3,14 +3,12 @@
 import contextlib
 import difflib
 import json
+import math
 import re
-import types
-import typing
 from collections.abc import Callable, Collection, Iterable, Iterator
 from numbers import Integral, Real
+from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
-
-QUOTED = 300  # characters of another library's error
 
 
 def require(holds: object, message: str, error: type[Exception] = ValueError) -> None:
@@ -35,7 +33,7 @@ def one_line(error: Exception) -> str:
     from huggingface_hub import get_token  # late: importing it takes longer than answering --help
 
     text, token = f"{type(error).__name__}: {error}", get_token()
-    return " ".join((text.replace(token, "<token>") if token else text).split())[:QUOTED]
+    return " ".join((text.replace(token, "<token>") if token else text).split())[:300]
 
 
 def parse_json(text: bytes, place: str) -> dict[str, Any]:
@@ -68,14 +66,11 @@ class OneOf(NamedTuple):
     allowed: Collection[str]
 
 
+_device = re.compile(r"auto|(cpu|cuda)(:(0|[1-9][0-9]?))?")
+_project = re.compile(r"[^/\\#?%:]{,128}")
 Name = Annotated[str, Check(lambda s: s.strip() and "\0" not in s, "give a name")]
-Project = Annotated[
-    Name, Check(lambda s: len(s) <= 128 and not set(s) & set("/\\#?%:"), "give at most 128 characters, none of /\\#?%:")
-]
-Device = Annotated[
-    str,
-    Check(lambda s: re.fullmatch(r"auto|(cpu|cuda)(:(0|[1-9][0-9]?))?", s), 'give "auto", "cpu", "cuda" or "cuda:1"'),
-]
+Project = Annotated[Name, Check(_project.fullmatch, "give at most 128 characters, none of /\\#?%:")]
+Device = Annotated[str, Check(_device.fullmatch, 'give "auto", "cpu", "cuda" or "cuda:1"')]
 Natural = Annotated[int, Check(lambda n: n >= 0, "give 0 or more")]
 Positive = Annotated[int, Check(lambda n: n > 0, "give a number above 0")]
 AtLeastTwo = Annotated[int, Check(lambda n: n >= 2, "give at least 2")]
@@ -83,7 +78,6 @@ NonNegative = Annotated[float, Check(lambda x: x >= 0, "give 0 or more")]
 PositiveReal = Annotated[float, Check(lambda x: x > 0, "give a number above 0")]
 Decay = Annotated[float, Check(lambda x: 0 <= x < 1, "give a number in [0, 1)")]
 Share = Annotated[float, Check(lambda x: 0 <= x <= 1, "give a share between 0 and 1")]
-
 Shares = Annotated[
     tuple[float, ...],
     Check(lambda s: s and s[-1] == 1 and all(a < b for a, b in zip((0, *s), s)), "give shares that rise from 0 to 1"),
@@ -92,17 +86,19 @@ Shares = Annotated[
 
 def kind_of(hint: Any) -> tuple[Any, list[Check | OneOf], bool]:
     """Take an annotation apart: the type, its checks, and whether None is allowed."""
-    options = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    (option,) = (option for option in options if option is not types.NoneType)
+    optional = NoneType in get_args(hint)
+    option = get_args(hint)[0] if optional else hint
+    if get_origin(option) is Literal:
+        return str, [OneOf(get_args(option))], optional
     kind, *checks = get_args(option) if get_origin(option) is Annotated else (option,)
-    return kind, checks, types.NoneType in options
+    return kind, checks, optional
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """List the values that an annotation allows where they are few; nothing where they are not."""
+    """List the words that an annotation allows where they are few; nothing where they are not."""
     kind, checks, _ = kind_of(hint)
-    allowed = ("True", "False") if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
-    return (*allowed, *(name for check in checks if isinstance(check, OneOf) for name in check.allowed))
+    tables = [("True", "False")] if kind is bool else [check.allowed for check in checks if isinstance(check, OneOf)]
+    return tuple(*tables)
 
 
 def checked(field: str, value: Any, hint: Any) -> Any:
@@ -114,20 +110,20 @@ def checked(field: str, value: Any, hint: Any) -> Any:
     if optional and value is None:
         return None
     said = f"{field} = {value!r}: "
-    if kind is not bool and (allowed := choices(hint)):
+    if kind is str and (allowed := choices(hint)):
         known = isinstance(value, str) and value in allowed
         require(known, f"{said}{near(value, allowed)}give one of {', '.join(allowed)}")
         return value
     several = get_origin(kind) is tuple
     number = get_args(kind)[0] if several else kind
-    abstract = {int: Integral, float: Real}.get(number, number)
     values = value if several and isinstance(value, tuple | list) else [value]
+    abstract = {int: Integral, float: Real}.get(number, number)
     fits = all(isinstance(v, abstract) and isinstance(v, bool) == (number is bool) for v in values)
     require(fits, f"{said}give {'a list of ' * several}{number.__name__}{' or None' * optional}")
     if number in (int, float):
         require(all(isinstance(v, float) or abs(v) < 2**63 for v in values), f"{said}give less than 2**63")
         values = [number(v) for v in values]
-        require(all(abs(v) < float("inf") for v in values), f"{said}give a finite number")
+        require(all(map(math.isfinite, values)), f"{said}give a finite number")
     value = tuple(values) if several else values[0]
     for check in checks:
         require(check.holds(value), f"{said}{check.remedy}")

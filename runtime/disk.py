@@ -1,10 +1,9 @@
 """Files and folders that are written whole or not at all, whoever is killed and whenever the power fails."""
 
-import errno
+import contextlib
 import functools
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -18,14 +17,14 @@ from torch import Tensor
 
 from runtime.checks import explained, require
 
+ERRORS = (OSError, SafetensorError)
 REST, CRC = "rest.json", "crc32"  # tensors in a state's file: its JSON, and the checksum of all others
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def write_durably(path: str | Path, data: bytes | Callable[[Path], object], size: int = 0) -> None:
+def write_durably(path: str | Path, data: bytes | Callable[[Path], object]) -> None:
     """Make the file or folder `path`, and the folders above it, in place of the file or folder that is there.
 
-    data: a file's bytes; or a function that makes the file or folder, of about `size` bytes, at the path it is given.
+    data: a file's bytes; or a function that makes the file or folder at the path it is given.
 
     It is written under a hidden name beside `path`, flushed to the disk and renamed: nobody sees a part of it. A file
     is replaced in one step. A folder takes two, because no file system puts one over another: the old one is moved to a
@@ -33,7 +32,7 @@ def write_durably(path: str | Path, data: bytes | Callable[[Path], object], size
     names, and the next write to `path` begins by moving the old one back. Each path has one writer at a time.
     When a write fails, `path` is as it was and nothing lies beside it.
 
-    Raises: OSError with the path, the bytes needed and those free, when the disk, a quota or a limit has no room.
+    Raises: OSError with the path and the bytes free, when the disk, a quota or a limit has no room.
     """
     path = Path(path)
     write = data if callable(data) else lambda file: file.write_bytes(data)
@@ -41,7 +40,10 @@ def write_durably(path: str | Path, data: bytes | Callable[[Path], object], size
     writing, replaced = (path.with_name(f".{path.name}.{role}") for role in ("writing", "replaced"))
     _put_back(replaced, path)
     _remove(writing)
-    try:
+    remedy = f"{shutil.disk_usage(path.parent).free:,} bytes are free there; make room, or give another place"
+    with contextlib.ExitStack() as cleaning, explained(f"{path}: not written", *ERRORS, remedy=remedy, raised=OSError):
+        cleaning.callback(_put_back, replaced, path)
+        cleaning.callback(_remove, writing)
         write(writing)
         for written in (*writing.rglob("*"), writing):
             flush(written)
@@ -49,23 +51,6 @@ def write_durably(path: str | Path, data: bytes | Callable[[Path], object], size
             path.rename(replaced)
         writing.replace(path)
         flush(path.parent)
-    except BaseException as error:
-        _remove(writing)
-        _put_back(replaced, path)
-        raise _named(error, path, size if callable(data) else len(data)) from None
-    _remove(replaced)
-
-
-def _named(error: BaseException, path: Path, size: int) -> BaseException:
-    """Turn safetensors' errors into the system's own, and say how much room was needed where there was none."""
-    if not isinstance(error, OSError | SafetensorError):
-        return error
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    code = error.errno if isinstance(error, OSError) else int(number[1]) if number else errno.EIO
-    if code not in NO_ROOM:
-        return error if isinstance(error, OSError) else OSError(code, str(error), str(path))
-    needed = f"{size:,} bytes are needed, {shutil.disk_usage(path.parent).free:,} are free on the disk"
-    return OSError(code, f"{os.strerror(code)}: {needed}; make room, or raise the quota or ulimit -f", str(path))
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
@@ -88,7 +73,7 @@ def save_state(state: dict[str, Any], path: Path) -> None:
     rest = json.dumps(strip(state, ""))
     tensors[REST] = torch.frombuffer(bytearray(rest, "utf-8"), dtype=torch.uint8)
     tensors[CRC] = torch.tensor(_crc(tensors))
-    write_durably(path, lambda file: save_tensors(tensors, file), sum(tensor.nbytes for tensor in tensors.values()))
+    write_durably(path, lambda file: save_tensors(tensors, file))
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import logging
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from itertools import islice
@@ -19,12 +20,11 @@ from datasets import IterableDataset
 from runtime.checks import explained, require
 
 STDLIB = "python-stdlib"
-TEXT_COLUMNS = ("text", "content")
-TOKEN_COLUMNS = ("tokens", "input_ids")
+COLUMNS = {"tokens": "tokens", "input_ids": "tokens", "text": "text", "content": "text"}  # what each holds
 BUILDERS = {".jsonl": "json", ".parquet": "parquet"}  # of `datasets`
 LOCAL_SUFFIXES = (".py", ".txt", *BUILDERS)
+HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"
 LINES_PER_DOCUMENT = 128  # of a .txt file, which may be one huge corpus
-HEAD = 8192  # bytes of a file that show whether it is binary
 
 # `datasets` warns that its state lacks the shuffle buffer; ours holds one document, and is empty between two.
 logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
@@ -49,25 +49,22 @@ def local_files(dataset_path: str) -> list[Path]:
         return sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts)
     said, allowed = f"dataset_path = {dataset_path!r}:", ", ".join(LOCAL_SUFFIXES)
     path = Path(dataset_path).expanduser()
-    exists, is_folder = path.exists(), path.is_dir()
-    pattern = (glob.escape(str(path)) if exists else str(path)) + ("/**/*" if is_folder else "")
-    files = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
-    if is_folder:
-        files = [p for p in files if p.suffix in LOCAL_SUFFIXES]
-    is_local = exists or path.suffix in LOCAL_SUFFIXES or glob.has_magic(dataset_path) or path.is_absolute()
+    is_folder, exists = path.is_dir(), path.exists()
+    if re.fullmatch(HUB_NAME, dataset_path) and path.suffix not in LOCAL_SUFFIXES and not exists:
+        return []
+    pattern = (glob.escape(str(path)) if exists else str(path)) + "/**/*" * is_folder
+    found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+    files = [p for p in found if p.suffix in LOCAL_SUFFIXES or not is_folder]
     missing = f"no file of {allowed} in that folder" if is_folder else "no such file"
-    require(files or not (is_local or dataset_path.startswith(".")), f"{said} {missing}; check the path or the glob")
-    suffixes = {p.suffix for p in files}
-    found = ", ".join(suffix or "a name without a suffix" for suffix in sorted(suffixes))
-    one_kind = len(suffixes) <= 1 and suffixes <= set(LOCAL_SUFFIXES)
-    require(one_kind, f"{said} found {found}; give files of one of {allowed}")
-    has_content = any(p.stat().st_size for p in files)
-    require(not files or has_content, f"{said} every file is empty; give files with text or tokens")
+    require(files, f"{said} {missing}; check the path or the glob")
+    kinds = ", ".join(suffix or "a name without a suffix" for suffix in sorted({p.suffix for p in files}))
+    require(kinds in LOCAL_SUFFIXES, f"{said} found {kinds}; give files of one of {allowed}")
+    require(any(p.stat().st_size for p in files), f"{said} every file is empty; give files with text or tokens")
     for file in files:
         require(os.access(file, os.R_OK), f"{said} you may not read {file}; change its permissions")
         with file.open("rb") as content:
-            head = content.read(HEAD)
-        if file.suffix == ".parquet":
+            head = content.read(8192)
+        if kinds == ".parquet":
             require(head.startswith(b"PAR1"), f"{said} {file} is not parquet; give the file whole or leave it out")
         else:
             require(b"\0" not in head, f"{said} {file} is binary, it has NUL bytes; give text in UTF-8")
@@ -88,9 +85,7 @@ def load_documents(
     said, files = f"dataset_path = {dataset_path!r}:", local_files(dataset_path)
     names, suffix = [str(p) for p in files], files[0].suffix if files else None
     if suffix == ".py":
-        root = (
-            sysconfig.get_paths()["stdlib"] if dataset_path == STDLIB else os.path.commonpath(p.parent for p in files)
-        )
+        root = os.path.commonpath(p.parent for p in files)
         names = [str(p) for p in files if is_held_out(p.relative_to(root).as_posix()) == held_out]
         part = "held-out" if held_out else "training"
         require(names, f"{said} {len(files)} files leave none for the {part} part; add files")
@@ -110,10 +105,9 @@ def load_documents(
                 streaming=True,
             )
             columns = dataset.column_names or list(next(iter(dataset), {}))
-        found, known = ", ".join(columns) or "none", ", ".join((*TEXT_COLUMNS, *TOKEN_COLUMNS))
-        column = next((c for c in (*TOKEN_COLUMNS, *TEXT_COLUMNS) if c in columns), None)
-        require(column, f"{said} no column of text or tokens among {found}; name one of them {known}")
-        kind = "tokens" if column in TOKEN_COLUMNS else "text"
+        found, column = ", ".join(columns) or "none", next((c for c in COLUMNS if c in columns), None)
+        require(column, f"{said} no column of text or tokens among {found}; name one of them {', '.join(COLUMNS)}")
+        kind = COLUMNS[column]
         dataset = dataset.select_columns([column])
         dataset = dataset if column == kind else dataset.rename_column(column, kind)
     if suffix != ".py":

@@ -9,6 +9,7 @@ the latest after TIMEOUT.
 """
 
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -110,26 +111,20 @@ def in_any(flag: bool) -> bool:
     return bool(found)
 
 
-def say_done(stopped: bool = False) -> None:
-    """Tell the others that this process has trained all that it had to, or was stopped before."""
-    if _store is not None:
-        _together(_store.set, f"done {world_rank()}", "stopped" if stopped else "")
+def meet(is_stopped: bool, should_stop: Callable[[], bool]) -> bool:
+    """Say that this process is done, or was stopped, and leave the others; the first one waits for them all.
 
-
-def all_done() -> bool:
-    """Say whether every process has said that it is done, without waiting for any."""
-    return _store is None or _together(_store.check, [f"done {other}" for other in range(world_size())])
-
-
-def any_stopped() -> bool:
-    """Say whether any process was stopped, once all are done."""
-    return _store is not None and any(_together(_store.get, f"done {other}") for other in range(world_size()))
-
-
-def finish() -> None:
-    """Leave the other processes; they may do the same at any time."""
-    if _store is not None:
-        dist.destroy_process_group()
+    Returns whether all that this process knows of was trained to its end.
+    """
+    if _store is None:
+        return not is_stopped
+    _together(_store.set, f"done {world_rank()}", "stopped" if is_stopped else "")
+    expected = [f"done {rank}" for rank in (range(world_size()) if world_rank() == 0 else [world_rank()])]
+    while not (all_done := _together(_store.check, expected)) and not should_stop():
+        time.sleep(0.5)
+    whole = all_done and not any(_together(_store.get, key) for key in expected)
+    dist.destroy_process_group()
+    return whole
 
 
 # ---- among the processes that share a batch ----

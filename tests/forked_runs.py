@@ -1,5 +1,5 @@
 """Runs of main.py, or jobs of rank_jobs.py, in forked children of one process that has imported everything: they start
-at once.
+at once, and draw no figures.
 
 Reads a request a line from standard input, JSON: {"args": [...], "cwd": ..., and some of
     "processes": n                   so many, as torchrun starts them, with its store but without its agent
@@ -32,9 +32,11 @@ import torch.distributed as dist
 import transformer_lens.model_bridge  # noqa: F401
 
 import main
+import results
 import sweep  # noqa: F401
 from runtime import disk
 
+results.save_figures = lambda *tables: []  # they take longer than all the rest of a run
 WATCH = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import logs
-import sweep
 from activation_store import ActivationsStore
 from config import Config
 from evaluation import evaluate, training_metrics
@@ -107,15 +106,11 @@ def never_comes() -> None:
 def ends_last(stops: str) -> None:
     """The second process has more to train than the first, or is stopped."""
     ranks.start("saes", torch.device("cpu"))
-    if ranks.world_rank() == 0:
-        ranks.say_done()
-        assert not ranks.all_done()
-    ranks.in_any(False)
     if ranks.world_rank() == 1:
-        ranks.say_done(stopped=stops == "stops")
-    ranks.in_any(False)
-    assert ranks.all_done() and ranks.any_stopped() == (stops == "stops")
-    ranks.finish()
+        time.sleep(1)
+        Path("second is done").touch()
+    is_whole = ranks.meet(ranks.world_rank() == 1 and stops == "stops", lambda: False)
+    assert Path("second is done").exists() and is_whole == (stops != "stops")
 
 
 # ---- what goes wrong with main.py ----
@@ -162,7 +157,7 @@ def slows_down_after_step_20() -> None:
 
 def sees_another_disk() -> None:
     if ranks.world_rank() == 1:
-        sweep.os.path.exists = lambda path: False
+        os.path.exists = lambda path: False
 
 
 def dies_once_saved() -> None:

@@ -1,5 +1,6 @@
 """The command line: help, list, completion, files of overrides, --dry-run, and what a run prints into a file."""
 
+import contextlib
 import os
 import pty
 import re
@@ -17,7 +18,7 @@ from transformers import GPT2LMHeadModel
 
 import language_model
 import main
-from config import GROUPS, HINTS, SWEEPS, TYPES, Config, tiny_sweep, unused_by
+from config import GROUPS, HINTS, SWEEPS, TYPES, Config, unused_by
 from runtime import cli, dry_run
 from sae import build_sae
 
@@ -39,21 +40,14 @@ def in_a_terminal(*args: str, cwd: Path) -> str:
     """What the program writes into a terminal of 80 columns."""
     controller, terminal = pty.openpty()
     how = dict(stdin=terminal, stdout=terminal, stderr=terminal, cwd=cwd, env=os.environ | {"COLUMNS": "80"})
-    with subprocess.Popen([*PROGRAM, *args], **how) as process:
+    written = b""
+    with subprocess.Popen([*PROGRAM, *args], **how) as process, contextlib.suppress(OSError):  # Linux, at the end
         os.close(terminal)
-        written = b""
-        while chunk := read(controller):
+        while chunk := os.read(controller, 1 << 16):
             written += chunk
     os.close(controller)
     assert process.returncode == 0, written
     return written.decode()
-
-
-def read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 1 << 16)
-    except OSError:  # Linux, where the program has ended
-        return b""
 
 
 # ---- help ----
@@ -131,28 +125,22 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[s
     return run
 
 
-@pytest.mark.parametrize(
-    "line, offered",
-    [
-        ("python main.py ", [*SWEEPS, "list", "completion"]),
-        ("python3 lib/main.py g", ["gpt2"]),
-        ("main.py t", ["tiny"]),
-        ("torchrun --nproc-per-node 8 main.py gpt2 --share ", ["batches", "saes"]),
-        ("python main.py --top-k-", ["--top-k-aux"]),
-        ("python main.py gpt2 --re", ["--resume", "--resume-freq"]),
-        ("python main.py gpt2 ", []),
-        ("python main.py --sae-type ", [*TYPES]),
-        ("python main.py --sae_type topk b", ["batchtopk"]),
-        ("python main.py --sae-type=", [*TYPES]),
-        ("python main.py --sae-type=j", ["jumprelu"]),
-        ("python main.py --site m", ["mlp_out"]),
-        ("python main.py --input-unit-norm ", ["True", "False"]),
-        ("python main.py --overrides ", []),  # files, by bash itself
-        ("python main.py --top-k 4 --lr ", []),
-        ("python other.py --sae-type ", []),
-        ("python ", []),
-    ],
-)
+@pytest.mark.parametrize("line, offered", [
+    ("python main.py ", [*SWEEPS, "list", "completion"]),
+    ("python3 lib/main.py g", ["gpt2"]),
+    ("nn-decompositions t", ["tiny"]),
+    ("torchrun --nproc-per-node 8 main.py gpt2 --share ", ["batches", "saes"]),
+    ("python main.py gpt2 --re", ["--resume", "--resume-freq"]),
+    ("python main.py gpt2 ", []),
+    ("python main.py --sae_type topk b", ["batchtopk"]),
+    ("python main.py --sae-type=", [*TYPES]),
+    ("main.py --sae-type=j", ["jumprelu"]),
+    ("nn-decompositions --input-unit-norm ", ["True", "False"]),
+    ("python main.py --overrides ", []),  # files, by bash itself
+    ("python main.py --sae-type topk --lr ", []),
+    ("python other.py --sae-type ", []),
+    ("python -", []),
+])  # fmt: skip
 def test_bash_completes(complete: Callable[[str], list[str]], line: str, offered: list[str]) -> None:
     assert complete(line) == offered
 
@@ -164,85 +152,98 @@ def test_every_option_is_completed(complete: Callable[[str], list[str]]) -> None
 
 # ---- files of overrides ----
 
-FILES = {
-    "a.yaml": "top_k: [4, 8]\nlr: 1e-3\nsae_type: topk\nact_size: null\ninput_unit_norm: no\nmodel_name: '7'\n"
-    "num_tokens: 2e6",
-    "a.json": '{\t"top_k": [4, 8], "lr": 1e-3, "sae_type": "topk", "act_size": null, "input_unit_norm": false,'
-    ' "model_name": "7", "num_tokens": 2e6}',
-}
+YAML = """top_k: [4, 8]\nlr: 1e-3\nsae_type: topk\nact_size: null\ninput_unit_norm: no\nmodel_name: '7'
+num_tokens: 2e6"""
+JSON = """{\t"top_k": [4, 8], "lr": 1e-3, "sae_type": "topk", "act_size": null, "input_unit_norm": false,
+"model_name": "7", "num_tokens": 2e6}"""
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_is_as_its_options(tmp_path: Path, name: str) -> None:
-    file = tmp_path / name
-    file.write_text(FILES[name])
+@pytest.fixture
+def parsed(tmp_path: Path) -> Callable[..., cli.Options]:
+    """What a file of overrides and further words ask for."""
+
+    def parse(text: str, *words: str) -> cli.Options:
+        (tmp_path / "a.yaml").write_text(text)
+        return cli.parse([*words, f"--overrides={tmp_path / 'a.yaml'}"])
+
+    return parse
+
+
+@pytest.mark.parametrize("text", [YAML, JSON], ids=["YAML", "JSON"])
+def test_a_file_is_as_its_options(parsed: Callable, text: str) -> None:
     words = ["--top-k", "4", "8", "--lr=0.001", "--sae-type=topk", "--act-size=None", "--input-unit-norm=False"]
     words += ["--model-name=7", "--num-tokens=2e6"]
-    options = cli.parse(["gpt2", f"--overrides={file}"])
+    options = parsed(text, "gpt2")
     assert options.configs() == cli.parse(["gpt2", *words]).configs() and len(options.configs()) == 8
     assert options.given["top_k"] == (4, 8) and options.given["lr"] == (0.001,)
     assert {type(value) for name in ("top_k", "num_tokens") for value in options.given[name]} == {int}
 
 
-@pytest.mark.parametrize(
-    "word, name, value",
-    [
-        ("2e6", "num_tokens", 2_000_000), ("9007199254740993", "seed", 2**53 + 1), (".5", "lr", 0.5), ("3", "lr", 3),
-        ("4.5", "top_k", 4.5), (True, "top_k", True), ("false", "input_unit_norm", False), ("None", "act_size", None),
-        ("none", "model_name", "none"), ("1e6", "model_name", "1e6"), ("inf", "lr", float("inf")),
-        ("0.25,5e-1,1", "prefixes", (0.25, 0.5, 1)), ("1", "prefixes", (1,)), ("1,x", "prefixes", (1, "x")),
-    ],
-)  # fmt: skip
-def test_words_as_values(monkeypatch: pytest.MonkeyPatch, word: object, name: str, value: object) -> None:
-    monkeypatch.setitem(HINTS, "prefixes", tuple[float, ...])
-    found = cli._value(word, name)
+@pytest.mark.parametrize("word, name, value", [
+    ("2e6", "num_tokens", 2_000_000), ("9007199254740993", "seed", 2**53 + 1), ("08", "seed", 8), (".5", "lr", 0.5),
+    ("3", "lr", 3), ("4.5", "top_k", 4.5), (True, "top_k", True), ("false", "input_unit_norm", False),
+    ("None", "act_size", None), ("none", "model_name", "none"), ("1e6", "model_name", "1e6"),
+    ("inf", "top_k", float("inf")), ("0.25,5e-1,1", "prefixes", (0.25, 0.5, 1)), ("1", "prefixes", (1,)),
+    ("1,x", "prefixes", (1, "x")),
+])  # fmt: skip
+def test_words_as_values(word: object, name: str, value: object) -> None:
+    found = cli._value(word, HINTS[name])
     assert (found, type(found)) == (value, type(value))
 
 
-def test_a_field_of_several_numbers_is_written_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(HINTS, "prefixes", tuple[float, ...])
-    assert cli._metavar("prefixes") == "FLOAT,..." and cli.written((0.25, 0.5, 1)) == "0.25,0.5,1"
+@pytest.mark.parametrize("text, swept", [
+    ("[0.25, 5e-1, 1]", [(0.25, 0.5, 1)]),
+    ("[[0.25, 1], [0.5, 1]]", [(0.25, 1), (0.5, 1)]),
+    ("1", [(1,)]),
+])  # fmt: skip
+def test_a_list_is_one_value_of_a_field_of_several_numbers(parsed: Callable, text: str, swept: list[tuple]) -> None:
+    found = [cfg.prefixes for cfg in parsed(f"prefixes: {text}\nsae_type: matryoshka").configs()]
+    words = ["--sae-type=matryoshka", "--prefixes", *map(cli.written, swept)]
+    assert found == swept == [cfg.prefixes for cfg in cli.parse(words).configs()]
 
 
-def test_options_win_over_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "a.yaml"
-    file.write_text("top_k: [4, 8]\nlr: [1e-3, .1]\nsae_type: topk\n")
-    cfgs = cli.parse(["--overrides", str(file), "--lr", "0.5", "--top-k", "2", "--top_k=3"]).configs()
+def test_options_win_over_the_file(parsed: Callable) -> None:
+    words = ["--lr", "0.5", "--top-k", "2", "--top_k=3"]
+    cfgs = parsed("top_k: [4, 8]\nlr: [1e-3, .1]\nsae_type: topk\n", *words).configs()
     assert [(cfg.sae_type, cfg.top_k, cfg.lr) for cfg in cfgs] == [("topk", 3, 0.5)]
-    assert cli.parse([]).configs() == tiny_sweep()
 
 
 @pytest.mark.parametrize("text, value", [("sae_type: [[topk]]", "['topk']"), ("sae_type: {a: 1}", "{'a': 1}")])
-def test_a_type_that_is_no_word_is_refused(tmp_path: Path, text: str, value: str) -> None:
-    (tmp_path / "a.yaml").write_text(text)
+def test_a_type_that_is_no_word_is_refused(parsed: Callable, text: str, value: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"sae_type = {value}: ") + ".*give one of vanilla"):
-        cli.parse([f"--overrides={tmp_path / 'a.yaml'}"]).configs()
+        parsed(text).configs()
+
+
+@pytest.mark.parametrize("words", [["--resume="], ["--resume=runs/a", "tiny"]], ids=str)
+def test_resume_takes_one_folder_alone(words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^--resume: give it one folder and no other option"):
+        cli.parse(words)
 
 
 # ---- --dry-run ----
 
 
 @pytest.fixture
-def here(place: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = place()
-    monkeypatch.chdir(folder)
-    return folder
+def dry(
+    place: Callable[[], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """What a dry run prints, in a folder in which only a model and a text lie."""
+    monkeypatch.chdir(place())
+
+    def run(*args: str) -> str:
+        before = set(Path().rglob("*"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # which it changes
+        assert main.main([*SMALL, "--dry-run", *args]) == 0
+        out, err = capsys.readouterr()
+        assert err == "" and max(map(len, out.splitlines())) <= 80 and set(Path().rglob("*")) == before
+        return out
+
+    return run
 
 
-def dry(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
-    before = set(Path().rglob("*"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # which it changes
-    assert main.main([*SMALL, "--dry-run", *args]) == 0
-    out, err = capsys.readouterr()
-    assert err == "" and max(map(len, out.splitlines())) <= 80 and set(Path().rglob("*")) == before
-    return out
-
-
-def test_a_dry_run_tells_configs_and_sizes(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_tells_configs_and_sizes(dry: Callable[..., str]) -> None:
     args = ["--lr", "0.001", "0.01", "--sae-type", "topk", "jumprelu", "--seed", "0", "1"]
-    configs, common, *groups = dry(capsys, monkeypatch, *args).split("\n\n")
+    configs, common, *groups = dry(*args).split("\n\n")
     cfgs = [language_model.check_model(cfg) for cfg in cli.parse([*SMALL, *args]).configs()]  # the name has the width
     lines = [" ".join(line.split()) for line in re.split(r"\n(?! )", configs)]
     jumprelu = "l1_coeff {0.l1_coeff}, bandwidth 0.03, threshold_init 0.05, "
@@ -262,52 +263,44 @@ def test_a_dry_run_tells_configs_and_sizes(
         assert f" {model:,} in the language model\n" in group
 
 
-def test_a_dry_run_of_an_unknown_model_tells_what_is_known(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_of_an_unknown_model_tells_what_is_known(dry: Callable[..., str]) -> None:
     unknown = ["--model-name=some/model", "--sae-type=topk", "--dataset-path=some/text"]
-    out = dry(capsys, monkeypatch, *unknown)
+    out = dry(*unknown)
     assert "\nparameters   unknown: some/model is not on this disk; give --act-size" in out and "MB" not in out
     (cfg,) = cli.parse([*SMALL, *unknown]).configs()
     assert out.startswith(f"{cfg.name}\n\nin it\n    model_name some/model, ")
-    out = dry(capsys, monkeypatch, *unknown, "--act-size=16")
+    out = dry(*unknown, "--act-size=16")
     assert f"parameters   {2 * 16 * 64 + 64 + 16:,} in the SAEs" in out
     assert "beside the libraries and the language model\n" in out and "in the language model" not in out
 
 
 def test_a_dry_run_asks_nothing_of_the_hub(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    dry: Callable[..., str], tmp_path: Path, tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The configuration of a model in the cache is enough, without its weights."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "cache"))
-    with standing_in(monkeypatch, here / "cache") as hub:
-        cached = here / "cache" / "models--some--model"
-        shutil.copytree(here / "tiny-gpt2", cached / "snapshots" / COMMIT)
-        (cached / "snapshots" / COMMIT / "model.safetensors").unlink()
-        (cached / "refs").mkdir()
-        (cached / "refs" / "main").write_text(COMMIT)
-        out = dry(capsys, monkeypatch, "--model-name=some/model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--some--model"
+    shutil.copytree(tiny_gpt2, cached / "snapshots" / COMMIT, ignore=shutil.ignore_patterns("*.safetensors"))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    with standing_in(monkeypatch, tmp_path) as hub:
+        out = dry("--model-name=some/model")
         assert "in the language model\n" in out and "not on this disk" not in out and hub.requests == []
 
 
 @pytest.mark.parametrize("sae_type, dense_rows", [("topk", 0), ("vanilla", dry_run.DENSE_ROWS)])
 def test_memory_is_the_sum_of_its_parts(sae_type: str, dense_rows: int) -> None:
     cfgs = [Config(dict_size=F, batch_size=8192, sae_type=sae_type, device="cpu", eval_windows=1) for F in (2048, 4096)]
-    found = re.findall(
-        r"^(?:memory)? +([0-9.]+) (MB|GB)(?: on cpu)?,?  ?(.*)$", "\n".join(dry_run.describe(cfgs)), re.M
-    )
+    line = r"^(?:memory)? +([0-9.]+) (MB|GB)(?: on cpu)?,?  ?(.*)$"
+    found = re.findall(line, "\n".join(dry_run.describe(cfgs)), re.M)
     total, *parts = [(float(size) * {"MB": 1, "GB": 1000}[unit], name) for size, unit, name in found]
-    by_name = {name: size for size, name in parts}
-    parameters = sum(2 * 256 * F + F + 256 for F in (2048, 4096))
-    assert by_name == pytest.approx({
-        "weights": 4e-6 * parameters,
-        "gradients": 4e-6 * parameters,
-        "Adam's two means": 8e-6 * parameters,
-        "activation buffer, and a copy while the state is saved": 2e-6 * 16 * 32 * 127 * 256 * 4,
+    assert {name: size for size, name in parts} == pytest.approx({
+        "weights, gradients and Adam's two means": 16e-6 * sum(2 * 256 * F + F + 256 for F in (2048, 4096)),
+        "activation buffer (on a CPU, and a copy to save it)": 2e-6 * 16 * 32 * 127 * 256 * 4,
         "language model": 17.1,
-        "a step's peak": 4e-6 * 8192 * (dry_run.STEP_ROWS * 256 + dense_rows * 4096),
+        "peak of a step or an evaluation": 4e-6 * 8192 * (dry_run.STEP_ROWS * 256 + dense_rows * 4096),
     }, abs=0.06)  # fmt: skip
-    assert total[0] == pytest.approx(sum(by_name.values()), abs=50 if total[0] >= 1000 else 0.4)
+    assert total[0] == pytest.approx(sum(size for size, _ in parts), abs=50 if total[0] >= 1000 else 0.4)
 
 
 # ---- what a run prints ----

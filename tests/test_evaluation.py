@@ -15,9 +15,9 @@ from transformers import GPT2LMHeadModel
 
 import evaluation
 from analysis import latents
-from analysis.latents import nearest_cosines, nearest_latents
+from analysis.latents import feature_density, nearest_cosines, nearest_latents
 from config import Config
-from evaluation import Predictions, Rows, evaluate, feature_density, training_metrics
+from evaluation import Predictions, Rows, evaluate, training_metrics
 from kernels.sparse import SparseLatents, Support
 from language_model import check_model, load_model, record
 from sae import SAE_TYPES, BaseAutoencoder, SAEOutput, build_sae

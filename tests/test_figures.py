@@ -51,8 +51,9 @@ def history_of(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def panels(figure: Figure) -> list:
-    """List the panels, without those that hold legends."""
-    return [axes for axes in figure.axes if axes.axison]
+    """List the panels of one type, from the top down, then those of the next."""
+    types = sum(not axes.axison for axes in figure.axes)  # a legend each
+    return [axes for column in range(types) for axes in figure.axes[column::types] if axes.axison]
 
 
 def legends(figure: Figure) -> dict[str, list[str]]:
@@ -119,9 +120,13 @@ def test_labels_name_every_field_that_the_result_depends_on() -> None:
     ]
 
 
-def test_one_latent_has_no_cosine_to_draw(tmp_path: Path) -> None:
-    paths = save_figures(frame(("topk", 1, 1.0, 0.5, 0.6)), tmp_path, cosines=[np.empty(0, np.float32)])
-    assert {path.stem for path in paths} == {"pareto"}
+def test_figures_that_would_be_empty_are_not_saved(tmp_path: Path) -> None:
+    """From W&B no history and no cosines come, one latent has no cosine, and some runs were never evaluated."""
+    one = frame(("topk", 1, 1.0, 0.5, 0.6))
+    nothing_logged = history_of(one).iloc[:0]
+    assert save_figures(one, tmp_path) == [tmp_path / "pareto.png", tmp_path / "pareto.pdf"]
+    assert len(save_figures(one, tmp_path, nothing_logged, [np.empty(0, np.float32)])) == 2
+    assert save_figures(one.assign(l0=math.nan), tmp_path) == []
 
 
 def test_arrays_must_be_one_for_each_row() -> None:
@@ -173,11 +178,6 @@ def test_legend_lies_on_the_figure_and_off_the_panels(widths: tuple[int, ...]) -
     legend = figure.legends[0].get_window_extent()
     assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
     assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1 and figure.bbox.y0 <= legend.y0
-
-
-def test_wandb_alone_gives_the_pareto_plot(tmp_path: Path) -> None:
-    png, pdf = save_figures(frame(("topk", 2048, 32.0, 0.8, 0.9)), tmp_path)
-    assert (png, pdf) == (tmp_path / "pareto.png", tmp_path / "pareto.pdf")
 
 
 # ---- over training ----
@@ -281,7 +281,7 @@ def test_labels_name_what_differs_within_a_type() -> None:
     }
 
 
-@pytest.mark.parametrize("count, new_types", [(1, 0), (12, 0), (30, 0), (15, 1)])
+@pytest.mark.parametrize("count, new_types", [(1, 0), (30, 0), (15, 1)])
 def test_nothing_overlaps(count: int, new_types: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Legends lie on the figure, off the panels and off each other, and panels stay wide, whatever the types."""
     for i in range(new_types):

@@ -235,3 +235,4 @@ def test_the_command_that_an_agent_of_the_sweep_file_builds_trains_one_sae(
     (checkpoint,) = Path("runs").glob("*/*/step-000060")
     assert load_checkpoint(checkpoint).cfg.sae_type == "batchtopk"
     assert (checkpoint.parent / "wandb_id").read_text() == "run11"  # the agent's, so that the sweep has this run
+    assert len(list(Path("runs").glob("*/wandb/offline-run-*/run-run11.wandb"))) == 1

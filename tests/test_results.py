@@ -341,9 +341,9 @@ def test_command_line(tmp_path: Path) -> None:
     done = run_results(sweep, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert format_table(load_results(sweep)) in done.stdout
-    assert done.stdout.splitlines()[-2:] == [
-        f"written in {sweep}: results.csv and, as .png and .pdf,",
-        "pareto, training, dead",
+    assert done.stdout.splitlines()[-4:] == [
+        f"table        {sweep}/results.csv",
+        *(f"figure       {sweep}/{name}.png, .pdf" for name in ("pareto", "training", "dead")),
     ]
     for name in ("pareto", "training", "dead"):
         assert all((sweep / f"{name}.{kind}").stat().st_size > 0 for kind in ("png", "pdf"))
@@ -353,12 +353,12 @@ def test_command_line(tmp_path: Path) -> None:
 def test_before_there_is_an_evaluation_the_rest_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_sae(tmp_path / "tiny-1", Config())
     results.main([str(tmp_path / "tiny-1")])
-    assert capsys.readouterr().out.endswith("results.csv (no figure yet)\n")
+    assert capsys.readouterr().out.endswith("results.csv\n")
     assert (tmp_path / "tiny-1" / "results.csv").is_file()
     row = {"step": 9, "tokens": 18_432, "train/loss": 0.5, "eval/l0": 0.0, "eval/explained_variance": 0.0}
     (folder / "metrics.jsonl").write_text(json.dumps(row | {"eval/ce_recovered": 0.0}) + "\n")
     results.main([str(tmp_path / "tiny-1")])
-    assert capsys.readouterr().out.endswith("\ntraining, dead\n")
+    assert capsys.readouterr().out.endswith("dead.png, .pdf\n")
 
 
 def test_one_sweep_of_several_is_written_into_its_folder(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from config import TYPES, Config
 from kernels import choose, sparse
 from kernels.sparse import GradientMemory, SparseLatents
-from sae import SAE_TYPES, BaseAutoencoder, TopKSAE, build_sae
+from sae import SAE_TYPES, BaseAutoencoder, Lent, TopKSAE, build_sae
 
 B, D, F = 8, 6, 40
 DEAD = [0, 5, 11, 17, 23, 30, 38, 39]
@@ -22,7 +22,7 @@ PARAMETERS = ["W_enc", "b_enc", "W_dec", "b_dec"]
 EXACT = dict(rtol=1e-9, atol=1e-11)
 
 all_types = pytest.mark.parametrize("sae_type", list(SAE_TYPES))
-auxk_types = pytest.mark.parametrize("sae_type", [name for name, kind in SAE_TYPES.items() if kind.uses_auxk])
+auxk_types = pytest.mark.parametrize("sae_type", [name for name, row in TYPES.items() if "aux_penalty" in row.fields])
 
 
 @pytest.fixture(params=[1.0, 0.0], ids=["sparse", "dense"])
@@ -174,7 +174,7 @@ class Twice(TopKSAE):
 
     def reconstruct(self, code: SparseLatents, W_dec: Tensor) -> Tensor:
         acts = (code.acts / 2, code.acts)
-        return torch.stack([sparse.decode(a, code.support, W_dec, self.gradient_memory) + self.b_dec for a in acts])
+        return torch.stack([sparse.decode(a, code.support, W_dec, self.lent.memory) + self.b_dec for a in acts])
 
 
 @pytest.mark.parametrize("dead", [[], DEAD], ids=["all alive", "some dead"])
@@ -182,7 +182,8 @@ def test_two_decodings_and_two_backward_passes_share_gradient_memory(dead: list[
     """Memory that is lent twice would have the second gradient written over the first."""
     sae = Twice(config()).double()
     sae.load_state_dict(make_sae("topk", dead=dead).state_dict())
-    sae.gradient_memory = GradientMemory(W_enc=torch.empty_like(sae.W_dec), W_dec=torch.empty_like(sae.W_dec))
+    memory = GradientMemory(W_enc=torch.empty_like(sae.W_dec), W_dec=torch.empty_like(sae.W_dec))
+    sae.lent = Lent(memory=memory)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
     W_enc, b_enc, W_dec, b_dec = (leaves[name] for name in PARAMETERS)
     for seed in range(3):
@@ -303,7 +304,7 @@ def test_counters_count_training_tokens_and_restart_on_firing(density: float, sa
 
 
 def smallest_kept(sae: BaseAutoencoder, x: Tensor) -> Tensor:
-    pre = sae.dense_pre_activations(x).detach().flatten()
+    pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).detach().flatten()
     return pre.sort(descending=True).values[sae.cfg.top_k * len(x) - 1]
 
 

@@ -3,12 +3,11 @@
 What it refuses stands in test_bad_input.py.
 """
 
-import hashlib
 import itertools
 import json
 import random
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -57,13 +56,11 @@ def write(folder: Path, kind: str) -> dict[str, Value]:
                 lines = [f"{name} {i} line {j}\n" for j in range((300, 500, 90)[f] + i)]
                 put(file.with_stem(f"part{i}"), "".join(lines))
                 documents |= {chunk: chunk for n in range(0, len(lines), 128) if (chunk := "".join(lines[n : n + 128]))}
-        elif column in ("tokens", "input_ids"):
-            rows = [np.arange(1 + i % 9, dtype=np.uint16) + 20 * f + i for i in range(20)]
-            documents |= {str(row.tolist()): row.tolist() for row in rows}
-            put_rows(file, column, rows if suffix == ".parquet" else [row.tolist() for row in rows])
         else:
-            rows = [f"{name} says {i}\n\nand ends é" for i in range(20)]
-            documents |= {row: row for row in rows}
+            rows: list[Value] = [f"{name} says {i}\n\nand ends é" for i in range(20)]
+            if column in ("tokens", "input_ids"):
+                rows = [list(range(20 * f + i, 20 * f + i + 1 + i % 9)) for i in range(20)]
+            documents |= {str(row): row for row in rows}
             put_rows(file, column, rows)
     return documents
 
@@ -112,9 +109,7 @@ def test_order_is_decided_by_seed_and_epoch(tmp_path: Path, kind: str) -> None:
     assert read(tmp_path, held_out=False, seed=1, epoch=1) == orders[-1]
 
 
-def test_source_files_keep_their_part_wherever_their_folder_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_source_files_keep_their_part_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "one", ".py")
     write(tmp_path / "two/deeper", ".py")
     monkeypatch.chdir(tmp_path)
@@ -128,13 +123,8 @@ def test_the_standard_library_is_a_data_set_of_files() -> None:
     assert root / "json/decoder.py" in files and not any("site-packages" in file.parts for file in files)
     held_out = read(STDLIB, held_out=True)
     paths = [file for file in files if is_held_out(file.relative_to(root).as_posix())]
-    expected = [file.read_bytes().decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n") for file in paths]
-    assert sorted(map(digest, held_out)) == sorted(map(digest, expected))
+    assert sorted(held_out) == sorted(file.read_text(encoding="utf-8", errors="replace") for file in paths)
     assert 0.07 < len(held_out) / len(files) < 0.13
-
-
-def digest(document: str) -> str:
-    return hashlib.sha256(document.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # ---- paths as people write them ----
@@ -142,12 +132,8 @@ def digest(document: str) -> str:
 
 @pytest.mark.parametrize("path, file", [
     ("data.jsonl", "data.jsonl"),
-    ("./data.jsonl", "data.jsonl"),
     ("sub/../data.jsonl", "data.jsonl"),
-    ("~/data.jsonl", "home/data.jsonl"),
     ("~/corpus", "home/corpus/deep/er/data.jsonl"),
-    ("~/*.jsonl", "home/data.jsonl"),
-    ("corpus/", "corpus/data.jsonl"),
     ("**/data.jsonl", "a/b/data.jsonl"),
     (".hidden/data.jsonl", ".hidden/data.jsonl"),
     ("with space, é#%20/[1] d?ta.jsonl", "with space, é#%20/[1] d?ta.jsonl"),
@@ -163,8 +149,9 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, file:
     assert sorted(read_all(path)) == ["one", "three", "two"]
 
 
-def test_a_hub_name_is_not_a_local_path() -> None:
-    assert local_files("Skylion007/openwebtext") == [] == local_files("wikitext")
+@pytest.mark.parametrize("name", ["Skylion007/openwebtext", "wikitext", "HuggingFaceFW/fineweb-edu_2.0"])
+def test_a_hub_name_is_not_a_local_path(name: str) -> None:
+    assert local_files(name) == []
 
 
 def test_what_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,39 +191,29 @@ def numbers(count: int = 150) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("roles, bos, separator", [
-    (ROLES, 0, [1]),
-    (dict(bos_token="<bos>"), 0, []),
-    (dict(eos_token="<eos>"), 1, [1]),
-    (dict(bos_token="<eos>", eos_token="<eos>"), 1, [1]),
-], ids=["both", "no EOS", "no BOS", "the same"])  # fmt: skip
+    (ROLES, 0, [1]), (dict(bos_token="<bos>"), 0, []), (dict(eos_token="<eos>"), 1, [1])
+], ids=["both", "no EOS", "no BOS"])  # fmt: skip
+@pytest.mark.parametrize("seq_len", [2, 3, 16, 2000, 10_000])
 def test_windows_are_the_documents_one_after_the_other(
-    word_tokenizer: Callable, roles: dict[str, str], bos: int, separator: list[int]
+    word_tokenizer: Callable, roles: dict[str, str], bos: int, separator: list[int], seq_len: int
 ) -> None:
-    columns = {
-        "tokens": [{"tokens": tokens} for tokens in numbers()],
-        "numpy": [{"tokens": np.array(tokens)} for tokens in numbers()],
-        "text": [{"text": " ".join(f"w{i}" for i in tokens)} for tokens in numbers()],
-    }
     stream = [token for tokens in numbers() for token in tokens + separator]
-    for documents, seq_len in itertools.product(columns.values(), (2, 3, 16, 2000, 10_000)):
+    full = len(stream) // (seq_len - 1)
+    for documents in (
+        [{"tokens": tokens} for tokens in numbers()],
+        [{"tokens": np.array(tokens)} for tokens in numbers()],
+        [{"text": " ".join(f"w{i}" for i in tokens)} for tokens in numbers()],
+    ):
         windows = list(token_windows(documents, word_tokenizer(**roles), seq_len))
-        full = len(stream) // (seq_len - 1)
         assert len(windows) == full and all(w.shape == (seq_len,) and w.dtype == torch.int64 for w in windows)
         assert all(w[0] == bos for w in windows)
         assert [token for w in windows for token in w[1:].tolist()] == stream[: full * (seq_len - 1)]
 
 
 def test_windows_are_made_as_documents_come(word_tokenizer: Callable) -> None:
-    taken = 0
-
-    def stream() -> Iterator[dict[str, str]]:
-        nonlocal taken
-        while taken < 10_000:
-            taken += 1
-            yield {"text": "w5 w6 w7"}
-
-    assert len(list(itertools.islice(token_windows(stream(), word_tokenizer(**ROLES), 5), 3))) == 3
-    assert taken <= 100
+    stream = ({"text": "w5 w6 w7"} for _ in range(10_000))
+    assert len(list(itertools.islice(token_windows(stream, word_tokenizer(**ROLES), 5), 3))) == 3
+    assert len(list(stream)) >= 9900
 
 
 def test_one_long_row_is_many_windows(word_tokenizer: Callable, tmp_path: Path) -> None:
@@ -263,7 +240,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "TOKENISED_DOCUMENTS", 3)
 
 
-def test_every_epoch_serves_each_window_once_in_an_order_of_its_own(
+def test_every_epoch_serves_each_window_once_in_its_own_order(
     word_tokenizer: Callable, tmp_path: Path, small: None
 ) -> None:
     path, tokenizer = str(put_rows(tmp_path / "a.jsonl", "tokens", numbers())), word_tokenizer(**ROLES)
@@ -299,7 +276,6 @@ def test_a_position_continues_the_stream_and_stays_what_it_was(
 def test_a_bad_row_is_named_with_its_data_set(word_tokenizer: Callable, tmp_path: Path, small: None) -> None:
     path = put_rows(tmp_path / "a.jsonl", "tokens", [*numbers(), *([[200, i] for i in range(40)])])
     stream = TextStream(str(path), None, word_tokenizer(**ROLES), 8, seed=0)
-    with pytest.raises(
-        ValueError, match=rf"^dataset_path = '{path}': cannot be used \(.*token 200 is outside.*other data$"
-    ):
+    said = rf"^dataset_path = '{path}': cannot be used \(.*token 200 is outside.*other data$"
+    with pytest.raises(ValueError, match=said):
         stream.next_windows(10_000)
