@@ -28,17 +28,14 @@ COPIED_ROWS = 1 << 16  # at a time from a GPU
 HELD_OUT_CHOICE = 32
 PREFETCHED = 8  # batches of windows: documents are tokenised many at a time
 
-ByHook = dict[str, Tensor]
-"""A tensor for each hook, by its name."""
-
 
 @dataclass(frozen=True)
 class _Progress:
     """What a store has read."""
 
     text: TextPosition | None  # None before the first batch of windows
-    spill: ByHook  # [rows, act_size] that found no slot yet
-    row_sum: ByHook  # [act_size], of all rows so far
+    spill: dict[str, Tensor]  # by hook, [rows, act_size] that found no slot yet
+    row_sum: dict[str, Tensor]  # by hook, [act_size], of all rows so far
     rows: int
 
 
@@ -71,9 +68,7 @@ class ActivationsStore:
             self._progress = _Progress(None, {h: b[:0] for h, b in self._buffers.items()}, zeros, 0)
         else:
             self._load(state)
-        position = self._progress.text
-        stream = TextStream(cfg.dataset_path, cfg.dataset_name, model.tokenizer, cfg.seq_len, cfg.seed, position)
-        self._stream, self._ready = stream, deque[Future]()
+        self._stream, self._ready = TextStream(cfg, model.tokenizer, self._progress.text), deque[Future]()
         # The next windows are made in a thread, as tokenizers release the GIL; it ends with the store.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokens")
         weakref.finalize(self, self._thread.shutdown, wait=False, cancel_futures=True)

@@ -24,7 +24,6 @@ from sae import SAE_TYPES, BaseAutoencoder, build_sae
 
 CFG, WEIGHTS, COUNTERS = "cfg.json", "sae_weights.safetensors", "counters.safetensors"
 SAE_LENS_VERSION = "6.0.0"  # of the format; without it SAELens reads cfg.json as an older one and drops the metadata
-CFG_BYTES = 2**20  # far more than any cfg.json of ours
 
 
 def save_checkpoint(sae: BaseAutoencoder, path: str | Path) -> None:
@@ -76,9 +75,6 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Bas
         damaged = f"{path / file}: does not match its SHA-256 in {CFG}; it is damaged, or of another SAE"
         require(_sha256(path / file) == saved["sha256"].get(file), damaged)
 
-    size, least = (path / WEIGHTS).stat().st_size, 4 * cfg.act_size * cfg.dict_size
-    truncated = f"{path / WEIGHTS}: truncated: it has {size:,} bytes, by {CFG} at least {least:,}"
-    require(size >= least, truncated)  # no memory is asked for that the file could not fill
     sae = build_sae(cfg)
     state: dict[str, Tensor] = {}
     for file, like in _tensors(sae).items():
@@ -98,8 +94,6 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Bas
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read the fields of a configuration that anybody may have written. Raises ValueError when it is none."""
-    size = file.stat().st_size
-    require(size <= CFG_BYTES, f"{file}: {size:,} bytes; a configuration has at most {CFG_BYTES:,}")
     return parse_json(file.read_bytes(), f"{file}")
 
 

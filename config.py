@@ -12,10 +12,10 @@ import re
 import typing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from runtime import checks
-from runtime.checks import OneOf, require
+from runtime.checks import require
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class Stream:
     """Language model: "tiny-lm" (embedded), a Hugging Face name, or a local folder in its format."""
     layer: checks.Natural = 2
     """Block whose activations are read, counted from 0."""
-    site: Annotated[str, OneOf(SITES)] = "resid_pre"
+    site: Literal[*SITES] = "resid_pre"
     """Place in the block: resid_pre, resid_mid, resid_post, attn_out, mlp_out or z (all heads, concatenated)."""
     dataset_path: checks.Name = "python-stdlib"
     """Text: "python-stdlib", a Hub data set, or local .py, .txt, .jsonl or .parquet files (path, folder or glob)."""
@@ -92,7 +92,7 @@ class Stream:
 class Dictionary:
     """the autoencoder"""
 
-    sae_type: Annotated[str, OneOf(TYPES)] = "batchtopk"
+    sae_type: Literal[*TYPES] = "batchtopk"
     """How latents are chosen, and which losses are added."""
     dict_size: checks.Positive = 2048
     """Number of latents."""

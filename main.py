@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
             print(answer)
             return 0
         options = cli.parse(words)
-        cfgs = None if options.resume else options.configs()
+        cfgs = [] if options.resume else options.configs()
 
         import sweep  # late: it takes seconds, and a mistaken word is answered at once
 
@@ -52,7 +52,7 @@ def main(words: list[str]) -> int:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             sweep.estimate(cfgs)
             return 0
-        cfgs, folder = sweep.resume(Path(options.resume)) if options.resume else sweep.start(options.sweep, cfgs)
+        cfgs, folder = sweep.begin(cfgs, options.sweep, options.resume)
         stopped = sweep.run(cfgs, folder, StopAfterStep(processes))
         if stopped is not None:
             print(f"{stopped}; {_how_to_go_on(folder)}")

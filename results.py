@@ -6,7 +6,6 @@ python results.py dashboard <checkpoint>   a page with the latents of an SAE
 """
 
 import math
-import re
 import signal
 import sys
 import textwrap
@@ -34,7 +33,6 @@ COLUMNS = {  # metric -> heading in the table, factor, decimals
     "dead_share": ("dead %", 100, 1),
 }
 SETTING_WIDTH = 16  # of its column, at most
-CHECKPOINT = re.compile("step-[0-9]{1,18}")
 
 
 def load_results(source: str | Path, *, group: str | None = None) -> pd.DataFrame:
@@ -90,7 +88,7 @@ def _local_rows(root: Path, group: str | None) -> list[dict]:
     rows = []
     for folder, run, name in _sae_folders(root, group):
         file = folder / "config.json"
-        steps = {int(p.name[5:]): str(p) for p in folder.iterdir() if CHECKPOINT.fullmatch(p.name) and p.is_dir()}
+        steps = {int(p.name[5:]): str(p) for p in folder.glob("step-*") if p.name[5:].isdecimal() and p.is_dir()}
         last: dict[str, float] = {}  # value of each key, like the summary of a W&B run
         for row in _read_metrics(folder / "metrics.jsonl"):
             last |= row

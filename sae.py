@@ -72,14 +72,6 @@ class Lent(NamedTuple):
     unit_rows: bool = False  # whether the decoder rows are kept at norm 1, so that no loss needs their norms
 
 
-class DeadLatents(NamedTuple):
-    """What the dead latents alone have of the weights."""
-
-    W_enc: Float[Tensor, "act_size dead"]
-    b_enc: Float[Tensor, "dead"]
-    W_dec: Float[Tensor, "dead act_size"]
-
-
 class BaseAutoencoder(nn.Module):
     """Hold what the types share: parameters, normalisation, the decoder, the counters of dead latents.
 
@@ -163,7 +155,7 @@ class BaseAutoencoder(nn.Module):
         y_hat = code.y_hats[-1]
         losses = self.losses(z, z, code)
         if dead is not None:
-            losses["auxk"] = self.cfg.aux_penalty * self._auxk(z, (z - y_hat).detach(), dead)
+            losses["auxk"] = self.cfg.aux_penalty * self._auxk(z, (z - y_hat).detach(), *dead)
         return SAEOutput((y_hat * std + mean).view(x.shape), code, losses)
 
     def encode(self, x: Float[Tensor, "*batch act_size"]) -> Float[Tensor, "*batch dict_size"]:
@@ -209,36 +201,34 @@ class BaseAutoencoder(nn.Module):
         """Latents that have not fired for `cfg.dead_after` training tokens."""
         return self.tokens_since_fired >= self.cfg.dead_after
 
-    def _weights(self) -> tuple[Tensor, Tensor, DeadLatents | None]:
-        """Take the weights as a forward pass uses them; where AuxK is due, split off the rows of the dead latents."""
+    def _weights(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+        """Take W_enc and W_dec for a forward pass, and W_enc, b_enc and W_dec of the dead latents where AuxK is due."""
         count = self.lent.num_dead() if self.uses_auxk and self.training else 0
         dead = (self.dead.nonzero() if count is None else torch.nonzero_static(self.dead, size=count)).squeeze(1)
         if not len(dead):
             return self.W_enc, self.W_dec, None
         W_enc, W_enc_dead = (w.t() for w in sparse.split_rows(self.W_enc.t(), dead))
         W_dec, W_dec_dead = sparse.split_rows(self.W_dec, dead)
-        return W_enc, W_dec, DeadLatents(W_enc_dead, self.b_enc[dead], W_dec_dead)
+        return W_enc, W_dec, (W_enc_dead, self.b_enc[dead], W_dec_dead)
 
-    def _auxk(
-        self, z: Float[Tensor, "batch act_size"], error: Float[Tensor, "batch act_size"], dead: DeadLatents
-    ) -> Float[Tensor, ""]:
+    def _auxk(self, z: Tensor, error: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Float[Tensor, ""]:
         """Have the dead latents alone explain the live ones' error: AuxK (Gao et al. 2024, appendix A.2).
 
         It is the error's unexplained share, MSE(e_hat, e) / MSE(mean(e), e).
         """
         k, centred = self.cfg.top_k_aux, (z - self.b_dec).detach()
-        floor = torch.zeros_like(dead.b_enc)
-        selection = choose.above(self._for_product(centred), dead.W_enc, dead.b_enc, floor, choose.MAX_DENSITY)
+        floor = torch.zeros_like(b_enc)
+        selection = choose.above(self._for_product(centred), W_enc, b_enc, floor, choose.MAX_DENSITY)
         if selection is None:
-            pre = self._dense_product(z, dead.W_enc, dead.b_enc)
+            pre = self._dense_product(z, W_enc, b_enc)
             acts = torch.relu(pre)
             if pre.shape[1] > k:
                 acts = acts * choose.topk_mask(pre, k)
-            e_hat = acts @ dead.W_dec
+            e_hat = acts @ W_dec
         else:
             selection = choose.at_most(selection, k)
-            pre = sparse.pre_activations(z, dead.W_enc, dead.b_enc, self.b_dec, centred, selection)
-            e_hat = sparse.decode(torch.relu(pre), selection.support, dead.W_dec)
+            pre = sparse.pre_activations(z, W_enc, b_enc, self.b_dec, centred, selection)
+            e_hat = sparse.decode(torch.relu(pre), selection.support, W_dec)
         unexplained = (e_hat - error).pow(2).mean()
         mean = self.lent.mean(error.mean(dim=0))
         variance, power = self.lent.mean(torch.stack([(error - mean).pow(2).mean(), error.pow(2).mean()]))

@@ -24,18 +24,12 @@ if TYPE_CHECKING:  # importing it takes ten seconds
     from transformer_lens.model_bridge import TransformerBridge
 
 
-def start(name: str, cfgs: list[Config]) -> tuple[list[Config], Path]:
-    """Join the other processes, if there are any, and name the folder of a new sweep."""
+def begin(cfgs: list[Config], name: str, resumed: str | None) -> tuple[list[Config], Path]:
+    """Join the other processes, if there are any; return the Configs and the folder of a new sweep or a resumed one."""
+    cfgs = cfgs if resumed is None else read_sweep(Path(resumed))
     ranks.start(cfgs[0].share, cfgs[0].torch_device)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # runs on several GPUs may start in the same second
-    return cfgs, Path(ranks.from_first(f"{cfgs[0].output_dir}/{name}-{stamp}"))
-
-
-def resume(folder: Path) -> tuple[list[Config], Path]:
-    """Read the Configs of a sweep, and join the other processes, if there are any."""
-    cfgs = read_sweep(folder)
-    ranks.start(cfgs[0].share, cfgs[0].torch_device)
-    return cfgs, folder
+    return cfgs, Path(resumed or ranks.from_first(f"{cfgs[0].output_dir}/{name}-{stamp}"))
 
 
 class _Model:

@@ -138,21 +138,12 @@ class TextStream:
     text. A stream made with the `position` of another one continues it exactly.
     """
 
-    def __init__(
-        self,
-        dataset_path: str,
-        dataset_name: str | None,
-        tokenizer: PreTrainedTokenizerBase,
-        seq_len: int,
-        seed: int,
-        position: TextPosition | None = None,
-    ) -> None:
-        self._tokenizer, self._seq_len, self._seed = tokenizer, seq_len, seed
-        self._path, self._said = dataset_path, f"dataset_path = {dataset_path!r}:"
-        documents = load_documents(dataset_path, dataset_name, held_out=False, seed=seed)
-        strategy = "examples" if local_files(dataset_path) else "auto"  # a share of files, if few, could be very small
+    def __init__(self, cfg: Config, tokenizer: PreTrainedTokenizerBase, position: TextPosition | None = None) -> None:
+        self._cfg, self._tokenizer, self._said = cfg, tokenizer, f"dataset_path = {cfg.dataset_path!r}:"
+        documents = load_documents(cfg.dataset_path, cfg.dataset_name, held_out=False, seed=cfg.seed)
+        strategy = "examples" if local_files(cfg.dataset_path) else "auto"  # a share of a few files could be very small
         self._documents = split_dataset_by_node(documents, ranks.rank(), ranks.count(), strategy)
-        self._pool_size = max(1, MIXED_TOKENS // seq_len)
+        self._pool_size = max(1, MIXED_TOKENS // cfg.seq_len)
         self._begin(0 if position is None else position.epoch)
         if position is not None:
             self._at = position.copy()
@@ -173,7 +164,7 @@ class TextStream:
     def _begin(self, epoch: int) -> None:
         self._documents.set_epoch(epoch)
         self._unread: Iterator[dict] | None = None  # to be started from the position
-        self._at = TextPosition(epoch, random.Random(f"{self._seed} {epoch}"))
+        self._at = TextPosition(epoch, random.Random(f"{self._cfg.seed} {epoch}"))
 
     def _next(self) -> Int[Tensor, "seq_len"]:
         while True:
@@ -191,7 +182,7 @@ class TextStream:
                 return at.pool.pop()
             else:
                 if at.epoch == 0:
-                    tokens = f"{at.windows * self._seq_len:,} training tokens of {self._path}"
+                    tokens = f"{at.windows * self._cfg.seq_len:,} training tokens of {self._cfg.dataset_path}"
                     tqdm.write(f"all {tokens} read: starting over, reshuffled")
                 self._begin(at.epoch + 1)
 
@@ -200,12 +191,12 @@ class TextStream:
         at = self._at
         if documents := self._read_documents():
             with explained(f"{self._said} cannot be used", ValueError, remedy="give other data"):
-                windows = _pack(documents, self._tokenizer, self._seq_len, at.pending)
+                windows = _pack(documents, self._tokenizer, self._cfg.seq_len, at.pending)
             at.packed.extend(windows)
             at.windows += len(windows)
             return
         share = f", share {ranks.rank() + 1} of {ranks.count()}" if ranks.count() > 1 else ""
-        problem = f"its training text{share} does not fill a window of seq_len {self._seq_len}"
+        problem = f"its training text{share} does not fill a window of seq_len {self._cfg.seq_len}"
         require(at.windows, f"{self._said} {problem}; give more text")
         at.rng.shuffle(at.pool)
         at.all_read = True

@@ -187,7 +187,11 @@ class _Loop:
 
     def run(self, state: dict[str, Any] | None) -> list[dict[str, float]]:
         cfg, log = self.cfg, self.log
-        first = lap = self._load(state)
+        state = {"step": 0, "trainers": {}} if state is None else state
+        first = lap = state["step"]
+        for trainer, saved in zip(self.trainers, state["trainers"].values()):
+            trainer.load_state(saved)
+        state.clear()  # gigabytes, perhaps
         bar = self._bar(first)
         started, in_steps, in_lap = time.perf_counter(), 0.0, 0.0
         for step in range(first, cfg.num_steps):
@@ -232,16 +236,6 @@ class _Loop:
         bar.close()
         tqdm.write(f"{_number(self.saes)}: {(cfg.num_steps - first) * cfg.batch_size / in_steps:,.0f} tokens/s")
         return self.results
-
-    def _load(self, state: dict[str, Any] | None) -> int:
-        """Load the state, if there is one; return the first step to take."""
-        if state is None:
-            return 0
-        first = state["step"]
-        for trainer, saved in zip(self.trainers, state["trainers"].values()):
-            trainer.load_state(saved)
-        state.clear()  # gigabytes, perhaps
-        return first
 
     def _step(self, trainer: Trainer, rows: dict[str, Tensor], step: int, is_log_step: bool) -> dict[str, float]:
         """Train one SAE on its hook's rows; returns its metrics on log steps."""

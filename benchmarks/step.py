@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this file runs as a script
 
 from config import TYPES, Config
-from sae import SAE_TYPES, build_sae
+from sae import build_sae
 from training import Trainer
 
 L0 = 64  # of Vanilla and JumpReLU

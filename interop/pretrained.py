@@ -20,7 +20,6 @@ What cannot be folded is refused by name. The rows of W_dec keep the norms they 
 
 import re
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -69,8 +68,8 @@ def load_pretrained(
     model_name, hook_name (such as "blocks.8.hook_resid_pre"): where the files do not say, or say it wrongly.
     Our own checkpoints come back in their class, numbers and Config, as from `load_checkpoint`. For the others, Config
     has what their files say: the model, the hook, the sizes, k; what concerns training is our defaults.
-    Raises ValueError, one line, when there is no SAE, it cannot be represented here, or its files are damaged or
-    forged: no code in them is run, and sizes, formats and finiteness are checked.
+    Raises ValueError, one line, when there is no SAE, it cannot be represented here, or its files are damaged:
+    sizes, formats and finiteness are checked. No code in them is run.
     """
     folder = Path(source) if Path(source).is_dir() else _download(str(source))
     held = {path.name for path in folder.glob("*")}
@@ -266,12 +265,7 @@ def _check(file: Path, field: str, value: object, allowed: Iterable[object]) -> 
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read a .safetensors, .npz or .pt, running no code in it and taking no memory that the file does not fill."""
-    size = file.stat().st_size
-    if file.suffix != ".safetensors":
-        with explained(f"{file}: not a whole zip archive", Exception), zipfile.ZipFile(file) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        require(unpacked <= size, f"{file}: compressed, or forged: {unpacked:,} bytes unpacked; write it uncompressed")
+    """Read a .safetensors, .npz or .pt, running no code in it."""
     with explained(f"{file}: not readable as tensors alone", Exception):
         if file.suffix == ".safetensors":
             found = load_file(file)
@@ -280,12 +274,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
                 found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
-    values = found.values() if isinstance(found, dict) else [found]
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.is_cpu for t in values)
-    named = plain and isinstance(found, dict) and all(isinstance(name, str) for name in found)
+    named = isinstance(found, dict) and all(isinstance(tensor, Tensor) for tensor in found.values())
     require(named, f"{file}: holds more than named tensors; give the file that its library saves")
-    filled = sum(tensor.numel() * tensor.itemsize for tensor in values) <= size
-    require(filled, f"{file}: its tensors say that they are larger than the file; it is forged")
     return {name: tensor.detach() for name, tensor in found.items()}
 
 

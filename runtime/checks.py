@@ -5,7 +5,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral, Real
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -60,12 +60,6 @@ class Check(NamedTuple):
     remedy: str
 
 
-class OneOf(NamedTuple):
-    """A check that the value is a key of a table."""
-
-    allowed: Collection[str]
-
-
 _device = re.compile(r"auto|(cpu|cuda)(:(0|[1-9][0-9]?))?")
 _project = re.compile(r"[^/\\#?%:]{,128}")
 Name = Annotated[str, Check(lambda s: s.strip() and "\0" not in s, "give a name")]
@@ -84,21 +78,18 @@ Shares = Annotated[
 ]
 
 
-def kind_of(hint: Any) -> tuple[Any, list[Check | OneOf], bool]:
+def kind_of(hint: Any) -> tuple[Any, list[Check], bool]:
     """Take an annotation apart: the type, its checks, and whether None is allowed."""
     optional = NoneType in get_args(hint)
     option = get_args(hint)[0] if optional else hint
-    if get_origin(option) is Literal:
-        return str, [OneOf(get_args(option))], optional
     kind, *checks = get_args(option) if get_origin(option) is Annotated else (option,)
     return kind, checks, optional
 
 
 def choices(hint: Any) -> tuple[str, ...]:
     """List the words that an annotation allows where they are few; nothing where they are not."""
-    kind, checks, _ = kind_of(hint)
-    tables = [("True", "False")] if kind is bool else [check.allowed for check in checks if isinstance(check, OneOf)]
-    return tuple(*tables)
+    kind, _, _ = kind_of(hint)
+    return ("True", "False") if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def checked(field: str, value: Any, hint: Any) -> Any:
@@ -110,7 +101,8 @@ def checked(field: str, value: Any, hint: Any) -> Any:
     if optional and value is None:
         return None
     said = f"{field} = {value!r}: "
-    if kind is str and (allowed := choices(hint)):
+    if get_origin(kind) is Literal:
+        allowed = get_args(kind)
         known = isinstance(value, str) and value in allowed
         require(known, f"{said}{near(value, allowed)}give one of {', '.join(allowed)}")
         return value

@@ -4,8 +4,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -261,66 +259,37 @@ def ours(**changes: object) -> Callable[[Path], object]:
     return fields(lambda cfg: cfg["nn_decompositions"].update(changes))
 
 
-def raw(header: bytes, length: int | None = None) -> Callable[[Path], object]:
-    """A damage: weights that begin with this header, said to be so long."""
-    start = (len(header) if length is None else length).to_bytes(8, "little") + header
-    return lambda path: (path / WEIGHTS).write_bytes(start + bytes(2000))
-
-
-def entry(name: str, shape: list[int], offsets: list[int], dtype: str = "F32") -> bytes:
-    return json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
-
-
-NAN, DEEP = float("nan"), "[" * 100_000 + "]" * 100_000
+NAN = float("nan")
 CHANGED = "does not match its own SHA-256"
 DAMAGES = [
     (lambda p: p.rename(p.with_name("moved")), CFG, "no such file"),
     (lambda p: (p / CFG).unlink(), CFG, "no such file"),
-    (lambda p: ((p / CFG).unlink(), (p / CFG).mkdir()), CFG, "no such file"),
-    (lambda p: (p / CFG).write_text('{"architecture": '), CFG, "not JSON"),
     (lambda p: (p / CFG).write_bytes(b"\xff\xfe{}"), CFG, "not JSON"),
-    (lambda p: (p / CFG).write_text(DEEP), CFG, "not JSON (RecursionError: maximum recursion depth"),
-    (lambda p: (p / CFG).write_text("9" * 5000), CFG, "not JSON (ValueError: Exceeds the limit"),
-    (lambda p: os.truncate(p / CFG, 2**20 + 1), CFG, "1,048,577 bytes"),
+    (lambda p: (p / CFG).write_text("[" * 100_000), CFG, "not JSON (RecursionError: maximum recursion depth"),
     (lambda p: (p / CFG).write_text("[1, 2]"), CFG, "holds list, not an object of fields"),
     (lambda p: (p / CFG).write_text('{"architecture": "topk"}'), CFG, "not written by this library"),
     (fields(lambda c: c.update(nn_decompositions=[3])), CFG, "not written by this library"),
     *((fields(change), CFG, CHANGED) for change in (
         lambda c: c["nn_decompositions"].update(top_k=4),
-        lambda c: c["nn_decompositions"].pop("lr"),
-        lambda c: c.update(colour="red"),
-        lambda c: c.update(metadata=3),
-        lambda c: c["metadata"].update(hook_name="blocks.2.hook_z"),
         lambda c: c.update(normalize_activations="none"),
-        lambda c: c.pop("d_in"),
         lambda c: c.pop("sha256"),
         lambda c: c.update(sha256=[1]),
-        lambda c: c["sha256"].pop(CFG),
         lambda c: c["sha256"].update({CFG: 3}),
     )),
     (lambda p: (p / WEIGHTS).unlink(), WEIGHTS, "incomplete"),
     (lambda p: (p / COUNTERS).unlink(), COUNTERS, "incomplete"),
-    *((damage, WEIGHTS, "does not match its SHA-256") for damage in (
-        tensors(lambda t: t["b_dec"].add_(1e-7)),
-        lambda p: os.truncate(p / WEIGHTS, 30),
-        lambda p: os.truncate(p / WEIGHTS, (p / WEIGHTS).stat().st_size + 1),
-    )),
+    (tensors(lambda t: t["b_dec"].add_(1e-7)), WEIGHTS, "does not match its SHA-256"),
+    (lambda p: os.truncate(p / WEIGHTS, (p / WEIGHTS).stat().st_size - 1), WEIGHTS, "does not match its SHA-256"),
     (tensors(lambda t: t["threshold_updates"].add_(1), COUNTERS), COUNTERS, "does not match its SHA-256"),
     (lambda p: reseal(p, (COUNTERS,)), WEIGHTS, "does not match its SHA-256"),  # has no sum
     # with sums that were made right again
     *((sealed(damage), file, named) for damage, file, named in [
         (ours(colour="red"), CFG, "unexpected keyword argument 'colour'"),
         (ours(top_k=F + 1), CFG, f"top_k = {F + 1}: "),
-        (ours(top_k="3"), CFG, "top_k = '3': "),
-        (ours(top_k=[[[3]]]), CFG, "top_k = [[[3]]]: "),
-        (ours(lr=NAN), CFG, "lr = nan: "),
         (ours(sae_type="sparse"), CFG, "sae_type = 'sparse': "),
         (ours(act_size=None), CFG, "act_size = None"),
         (ours(dict_size=F + 1), WEIGHTS, f"'b_enc': ({F + 1},)"),
         (ours(sae_type="topk"), WEIGHTS, "'threshold'"),
-        (ours(dict_size=2**40), WEIGHTS, "truncated"),
-        (ours(act_size=2**40), WEIGHTS, "truncated"),
-        (lambda p: os.truncate(p / WEIGHTS, 30), WEIGHTS, "truncated: it has 30 bytes, by cfg.json at least 480"),
         (lambda p: os.truncate(p / WEIGHTS, (p / WEIGHTS).stat().st_size - 1), WEIGHTS, "not readable"),
         (lambda p: os.truncate(p / COUNTERS, 0), COUNTERS, "not readable"),
         (tensors(lambda t: t["threshold"].add_(torch.arange(F))), WEIGHTS, "threshold differs"),
@@ -329,19 +298,10 @@ DAMAGES = [
         (tensors(lambda t: t["input_scale"].fill_(NAN), COUNTERS), COUNTERS, "input_scale has"),
         (tensors(lambda t: t.pop("b_enc")), WEIGHTS, "'b_enc'"),
         (tensors(lambda t: t.update({"a\nb": torch.ones(1)})), WEIGHTS, "'a\\nb'"),
-        (tensors(lambda t: t.update({"../x": torch.ones(1)})), WEIGHTS, "'../x'"),
         (tensors(lambda t: t.update(b_dec=torch.ones(D, 1))), WEIGHTS, f"'b_dec': ({D}, 1)"),
         (tensors(lambda t: t.update(b_dec=torch.ones(0))), WEIGHTS, "not readable"),
         (tensors(lambda t: t.update(b_dec=t["b_dec"].to(torch.float8_e4m3fn))), WEIGHTS, "not readable"),
-        (tensors(lambda t: t.clear(), COUNTERS), COUNTERS, "'input_scale'"),
-        (lambda p: (p / WEIGHTS).write_bytes(pickle.dumps(Harm(p / "harm")) + bytes(2000)), WEIGHTS, "not readable"),
         (lambda p: torch.save({"W_enc": torch.ones(D, F), "harm": Harm(p / "harm")}, p / WEIGHTS), WEIGHTS, "not read"),
-        (raw(b"{}", length=10 * 2**30), WEIGHTS, "not readable"),
-        (raw(b"{}", length=2**64 - 1), WEIGHTS, "not readable"),
-        (raw(DEEP.encode()), WEIGHTS, "not readable"),
-        (raw(entry("\\n", [9], [0, 1])), WEIGHTS, "not readable"),
-        (raw(entry("a\nb", [1], [4, 8])), WEIGHTS, "not readable"),
-        (raw(entry("x", [1], [2**62, 2**62 + 4])), WEIGHTS, "not readable"),
     ]),
 ]  # fmt: skip
 
@@ -358,18 +318,6 @@ def test_a_damaged_or_malicious_checkpoint_is_refused_in_one_line(
     assert message.startswith(f"{tmp_path / 'c' / file}: ") and "\n" not in message and len(message) < 1000
     assert named in message
     assert not (tmp_path / "c" / "harm").exists()
-
-
-def test_a_forged_header_takes_no_memory(tmp_path: Path) -> None:
-    """Where the file is as long as it says, of zeros that take no place on the disk."""
-    save_checkpoint(trained_sae("topk"), tmp_path / "c")
-    raw(b"{}", length=2**29)(tmp_path / "c")
-    os.truncate(tmp_path / "c" / WEIGHTS, 2**29 + 2**20)
-    reseal(tmp_path / "c")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match="not readable"):
-        load_checkpoint(tmp_path / "c")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # kilobytes
 
 
 def test_resealing_alone_changes_nothing(tmp_path: Path) -> None:

