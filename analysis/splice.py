@@ -59,7 +59,15 @@ def splice(
     Raises ValueError when an argument is not an SAE, two SAEs read one hook, the model has no such hook, `scale` or
     `add` is not finite or names a latent that no SAE has, or `positions` does not have the shape of the tokens.
     """
-    _check(model, saes, scale, add)
+    by_hook: dict[str, BaseAutoencoder] = {}
+    for sae in saes:
+        kind = type(sae).__name__
+        require(isinstance(sae, BaseAutoencoder), f"saes: a {kind} is not an SAE; give splice(model, sae)")
+        name = sae.cfg.hook_name
+        require(name not in by_hook, f"saes: two of them read {name}; give one per hook")
+        require(name in model.hook_dict, f"saes: the model has no hook {name}; give an SAE that was trained on it")
+        by_hook[name] = sae
+    factors, shifts = _beside(by_hook, "scale", scale, 1.0), _beside(by_hook, "add", add, 0.0)
     latents: dict[str, Tensor] = {}
     spliced = torch.empty(0)
 
@@ -74,53 +82,36 @@ def splice(
         shapes = f"positions = {list(spliced.shape)}: the tokens are {list(tokens.shape)}; give the same shape"
         require(spliced.shape == tokens.shape, shapes)
 
-    def stand_in(acts: Tensor, sae: BaseAutoencoder) -> Tensor:
+    def stand_in(acts: Tensor, name: str) -> Tensor:
+        sae = by_hook[name]
         x = acts.flatten(0, 1).to(sae.W_dec.device)  # [row, act_size]
         here = spliced[..., None].to(x.device)  # [window, pos, 1]
         encoded = sae.encode(x)
-        f = (encoded * _beside(sae, scale, 1.0)).unflatten(0, spliced.shape) * here
+        f = (encoded * factors[name]).unflatten(0, spliced.shape) * here
         if torch.is_grad_enabled() and not f.requires_grad:
             f.requires_grad_()
-        latents[sae.cfg.hook_name], f = f, f.flatten(0, 1)
+        latents[name], f = f, f.flatten(0, 1)
         _, std, mean = sae.normalise(x)
         out = x + ((f - encoded) @ sae.W_dec) * std if error_term else sae.decode(f) * std + mean
-        out = out + _beside(sae, add, 0.0) @ sae.W_dec
+        out = out + shifts[name] @ sae.W_dec
         return torch.where(here, out.view_as(acts), x.view_as(acts))
 
-    by_hook = {sae.cfg.hook_name: partial(stand_in, sae=sae) for sae in saes}
-    with model.original_model.register_forward_pre_hook(begin, with_kwargs=True), replacing(model, by_hook):
+    stand_ins = {name: partial(stand_in, name=name) for name in by_hook}
+    with model.original_model.register_forward_pre_hook(begin, with_kwargs=True), replacing(model, stand_ins):
         yield latents
 
 
-def _beside(sae: BaseAutoencoder, numbers: Mapping[Latent, float], otherwise: float) -> Float[Tensor, "dict_size"]:
-    """Lay the numbers that are given for some latents of an SAE beside all of them."""
-    row = torch.full_like(sae.b_enc, otherwise)
-    for (hook, latent), number in numbers.items():
-        if hook == sae.cfg.hook_name:
-            row[latent] = number
-    return row
-
-
-def _check(
-    model: TransformerBridge,
-    saes: tuple[BaseAutoencoder, ...],
-    scale: Mapping[Latent, float],
-    add: Mapping[Latent, float],
-) -> None:
-    sizes: dict[str, int] = {}
-    for sae in saes:
-        kind = type(sae).__name__
-        require(isinstance(sae, BaseAutoencoder), f"saes: a {kind} is not an SAE; give splice(model, sae)")
-        name = sae.cfg.hook_name
-        require(name not in sizes, f"saes: two of them read {name}; give one per hook")
-        require(name in model.hook_dict, f"saes: the model has no hook {name}; give an SAE that was trained on it")
-        sizes[name] = sae.cfg.dict_size
-    for field, edits in (("scale", scale), ("add", add)):
-        for latent, number in edits.items():
-            said = f"{field} = {{{latent!r}: {number}}}:"
-            pair = isinstance(latent, tuple) and len(latent) == 2
-            require(pair, f"{said} give latents as (hook, number), such as ('blocks.2.hook_mlp_out', 17)")
-            require(math.isfinite(number), f"{said} give a finite number")
-            hook, index = latent
-            require(hook in sizes, f"{said} no SAE here reads {hook}; give one of {', '.join(sizes)}")
-            require(0 <= index < sizes[hook], f"{said} the SAE there has latents 0 to {sizes[hook] - 1}")
+def _beside(
+    by_hook: Mapping[str, BaseAutoencoder], field: str, numbers: Mapping[Latent, float], otherwise: float
+) -> dict[str, Float[Tensor, "dict_size"]]:
+    """Lay the numbers that are given for some latents beside all of them, by hook."""
+    rows = {hook: torch.full_like(sae.b_enc, otherwise) for hook, sae in by_hook.items()}
+    for latent, number in numbers.items():
+        said, pair = f"{field} = {{{latent!r}: {number}}}:", isinstance(latent, tuple) and len(latent) == 2
+        require(pair, f"{said} give latents as (hook, number), such as ('blocks.2.hook_mlp_out', 17)")
+        require(math.isfinite(number), f"{said} give a finite number")
+        hook, index = latent
+        require(hook in rows, f"{said} no SAE here reads {hook}; give one of {', '.join(rows)}")
+        require(0 <= index < len(rows[hook]), f"{said} the SAE there has latents 0 to {len(rows[hook]) - 1}")
+        rows[hook][index] = number
+    return rows

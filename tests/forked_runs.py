@@ -6,6 +6,8 @@ Reads a request a line from standard input, JSON: {"args": [...], "cwd": ..., an
     "job": name                      of a function of rank_jobs.py, called with args instead of main.py
     "before": name                   of a function of rank_jobs.py, called before main.py
     "kill_after": seconds            SIGKILL then
+    "environment": {name: value}     to be added to its own
+    "terminal": true                 one process whose output, all under "out", goes to a terminal of 80 columns
     "file_limit": bytes              no file can grow larger, as on a full disk
     "kill_at_flush": n               SIGKILL by itself when n files or folders have been flushed to the disk
     "signals": [[file, signal, rank or None], ...]  wait until the file exists, then send the signal to that or to all
@@ -16,6 +18,7 @@ results comparable.
 import contextlib
 import json
 import os
+import pty
 import resource
 import signal
 import sys
@@ -41,7 +44,7 @@ WATCH = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 def child(request: dict, environment: dict[str, str]) -> int | None:
-    os.environ.update(environment)
+    os.environ.update(environment | request.get("environment", {}))
     os.chdir(request["cwd"])
     torch.set_num_threads(1)
     if limit := request.get("file_limit"):
@@ -84,7 +87,7 @@ def fork(request: dict, environment: dict[str, str], out: IO[str], err: IO[str])
 @contextlib.contextmanager
 def as_torchrun(count: int) -> Iterator[dict[str, str]]:
     """Keep the store of a run in a process of its own; gives what torchrun puts into the environment of the others."""
-    if count == 1:
+    if count <= 1:
         yield {}
         return
     reading, writing = os.pipe()
@@ -106,8 +109,19 @@ def as_torchrun(count: int) -> Iterator[dict[str, str]]:
     os.waitpid(pid, 0)
 
 
+def in_a_terminal(request: dict) -> dict:
+    controller, terminal = pty.openpty()
+    pid = fork(request, {"COLUMNS": "80"}, *2 * [os.fdopen(terminal, "w")])
+    written = b""
+    with contextlib.suppress(OSError):  # Linux, at the end
+        while chunk := os.read(controller, 1 << 16):
+            written += chunk
+    os.close(controller)
+    return {"rc": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "out": written.decode()}
+
+
 def serve(request: dict) -> list[dict]:
-    count = request.get("processes", 1)
+    count = 0 if request.get("terminal") else request.get("processes", 1)
     with contextlib.ExitStack() as stack:
         environment = stack.enter_context(as_torchrun(count))
         outputs = [tuple(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)) for _ in range(count)]
@@ -128,7 +142,7 @@ def serve(request: dict) -> list[dict]:
             for pid in pids if rank is None else [pids[rank]]:
                 os.kill(pid, number)
             time.sleep(0.3)  # two signals of a kind at once are one
-        answers = []
+        answers = [in_a_terminal(request)] if request.get("terminal") else []
         for pid, (out, err) in zip(pids, outputs):
             _, status = os.waitpid(pid, 0)
             seconds = time.perf_counter() - start

@@ -1,8 +1,6 @@
 """The command line: help, list, completion, files of overrides, --dry-run, and what a run prints into a file."""
 
-import contextlib
 import os
-import pty
 import re
 import shutil
 import subprocess
@@ -34,20 +32,6 @@ def said(*args: str, **how: object) -> str:
     done = subprocess.run([*PROGRAM, *args], capture_output=True, text=True, timeout=120, **how)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
-
-
-def in_a_terminal(*args: str, cwd: Path) -> str:
-    """What the program writes into a terminal of 80 columns."""
-    controller, terminal = pty.openpty()
-    how = dict(stdin=terminal, stdout=terminal, stderr=terminal, cwd=cwd, env=os.environ | {"COLUMNS": "80"})
-    written = b""
-    with subprocess.Popen([*PROGRAM, *args], **how) as process, contextlib.suppress(OSError):  # Linux, at the end
-        os.close(terminal)
-        while chunk := os.read(controller, 1 << 16):
-            written += chunk
-    os.close(controller)
-    assert process.returncode == 0, written
-    return written.decode()
 
 
 # ---- help ----
@@ -316,7 +300,9 @@ def test_a_log_file_has_no_bar_and_a_terminal_has_one(place: Callable[[], Path],
     evaluations = [line.fullmatch(text) for text in lines[1:3]]
     assert [found and found[1] for found in evaluations] == ["20", "40"] and " tokens/s" in lines[3]
 
-    seen = in_a_terminal(*args, cwd=place())
+    terminal = fork(*args, cwd=place(), terminal=True)
+    seen = terminal["out"]
+    assert terminal["rc"] == 0, seen
     shown = [line.split("\r")[-1] for line in seen.replace("\r\n", "\n").split("\n")]
     assert "\r" in seen and max(len(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line)) for line in shown) <= 80
     table = lines.index(next(line for line in lines if line.startswith("type ")))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,7 +199,7 @@ def test_sae_type_chooses_among_the_sweep_and_adds_what_it_lacks() -> None:
 
 
 def test_the_command_that_an_agent_of_the_sweep_file_builds_trains_one_sae(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    here: Path, monkeypatch: pytest.MonkeyPatch, fork: Callable[..., dict]
 ) -> None:
     """Let wandb's own agent build a command from each of the grid's combinations; run one, without a network."""
     file = Path(main.__file__).parent / "sweeps" / "topk.yaml"
@@ -228,10 +229,10 @@ def test_the_command_that_an_agent_of_the_sweep_file_builds_trains_one_sae(
         (cfg,) = parse(*command[3:])
         assert {name: getattr(cfg, name) for name in point} == point and cfg.wandb_mode == "online"
 
-    program = [sys.executable, str(Path(main.__file__)), *SMALL, *built[-1][3:]]
-    program = [word.replace("=online", "=offline") for word in program if word not in ("--top_k=4", "--lr=0.01")]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    words = [word.replace("=online", "=offline") for word in (*SMALL, *built[-1][3:])]
+    words = [word for word in words if word not in ("--top_k=4", "--lr=0.01")]
+    done = fork(*words, cwd=here, environment={"WANDB_SWEEP_ID": "sw33p", "WANDB_RUN_ID": "run11"})
+    assert done["rc"] == 0, done["err"]
     (checkpoint,) = Path("runs").glob("*/*/step-000060")
     assert load_checkpoint(checkpoint).cfg.sae_type == "batchtopk"
     assert (checkpoint.parent / "wandb_id").read_text() == "run11"  # the agent's, so that the sweep has this run

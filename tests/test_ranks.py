@@ -21,7 +21,7 @@ from sae import SAE_TYPES
 
 ForkAll = Callable[..., list[dict]]
 Place = Callable[[], Path]
-SMALL = [*SWEEP, "--sae-type", "topk", "batchtopk", "jumprelu", "--seed=0", "--num-tokens=7680"]
+SMALL = [*SWEEP, "--sae-type", "batchtopk", "jumprelu", "--seed=0", "--num-tokens=7680"]
 GONE = "another process of this run is gone ("
 
 
@@ -117,7 +117,7 @@ def test_windows_of_an_evaluation_are_shared_out_and_the_metrics_are_of_all(fork
 def untroubled(fork_all: ForkAll, place: Place) -> dict:
     cwd = place()
     first, second = together(fork_all, *SMALL, processes=2, cwd=cwd)
-    assert first["out"].startswith("3 SAEs on tiny-gpt2") and "results.csv" in first["out"]
+    assert first["out"].startswith("2 SAEs on tiny-gpt2") and "results.csv" in first["out"]
     assert (second["out"], first["err"], second["err"]) == ("", "", "")
     folder = sweep_folder(cwd)
     assert sorted(path.name for path in folder.glob("*.safetensors")) == ["resume.safetensors"]
