@@ -80,9 +80,9 @@ def trainer(cfg: Config, x: Tensor, dead_share: float = 0.0) -> Trainer:
     sae = build_sae(cfg).train()
     sae.initialise_from(x)
     with torch.no_grad():
+        pre = (x[:64] - sae.b_dec) @ sae.W_enc + sae.b_enc
         if cfg.type.sparsity != "top_k":
-            sample = sae.dense_pre_activations(x[:64]).flatten()
-            cut = sample.topk(64 * L0).values[-1]
+            cut = pre.flatten().topk(64 * L0).values[-1]
             if cfg.sae_type == "vanilla":
                 sae.b_enc -= cut
             else:
@@ -90,7 +90,7 @@ def trainer(cfg: Config, x: Tensor, dead_share: float = 0.0) -> Trainer:
         if dead_share:  # small weights, so that they stay out of the k largest
             dead = slice(0, int(dead_share * cfg.dict_size))
             sae.W_enc[:, dead] *= 0.01
-            pre = sae.dense_pre_activations(x[:64])[:, dead]
+            pre = (x[:64] - sae.b_dec) @ sae.W_enc[:, dead]
             sae.b_enc[dead] -= pre.flatten().topk(int(DEAD_POSITIVE * pre.numel())).values[-1]
             sae.tokens_since_fired[dead] = 2 * 10**12
     return Trainer(sae)
