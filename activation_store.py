@@ -8,21 +8,18 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from config import Config
-from language_model import ordinary_positions, record
+from language_model import Model, ordinary_positions, record
 from runtime import ranks
 from runtime.checks import explained
 from runtime.machine import check_buffer, send
 from text import TextPosition, TextStream, held_out_windows
-
-if TYPE_CHECKING:  # importing it takes ten seconds
-    from transformer_lens.model_bridge import TransformerBridge
 
 COPIED_ROWS = 1 << 16  # at a time from a GPU
 HELD_OUT_CHOICE = 32
@@ -48,7 +45,7 @@ class ActivationsStore:
     cfgs: of one stream (Config.stream), with their act_size. Raises ValueError when the buffers do not fit into memory.
     """
 
-    def __init__(self, model: "TransformerBridge", cfgs: Sequence[Config], state: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: Model, cfgs: Sequence[Config], state: dict[str, Any] | None = None) -> None:
         cfg = cfgs[0]
         assert all(c.stream == cfg.stream and c.act_size for c in cfgs), "one stream, and widths that check_model found"
         self.model, self.cfg = model, cfg
@@ -116,12 +113,8 @@ class ActivationsStore:
             slots = self._order[self._served :].split(COPIED_ROWS)
             for some, rows in zip(slots, unread.split(COPIED_ROWS)):
                 self._buffers[hook][some] = rows.to(self._device)
-        on_device = {
-            name: {hook: tensor.to(self._device) for hook, tensor in state[name].items()}
-            for name in ("spill", "row_sum")
-        }
-        position = TextPosition.from_state(state["text"])
-        self._progress = _Progress(position, rows=state["rows"], **on_device)
+        spill, row_sum = ({h: t.to(self._device) for h, t in state[name].items()} for name in ("spill", "row_sum"))
+        self._progress = _Progress(TextPosition.from_state(state["text"]), spill, row_sum, state["rows"])
 
     @property
     def mean(self) -> dict[str, Float[Tensor, "act_size"]]:

@@ -68,14 +68,12 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Bas
     changed = f"{path / CFG}: does not match its own SHA-256; it was changed after it was saved"
     require(isinstance(saved.get("sha256"), dict) and saved == _signed(saved), changed)
     with explained(f"{path / CFG}: not of this version", ValueError, TypeError, remedy="save the SAE again"):
-        cfg = Config(**saved["nn_decompositions"] | {"device": str(device)})
-        require(cfg.act_size, "act_size = None: give the width of the activations")
+        sae = build_sae(Config(**saved["nn_decompositions"] | {"device": str(device)}))
     for file in (WEIGHTS, COUNTERS):
         require((path / file).is_file(), f"{path / file}: no such file; the checkpoint is incomplete")
         damaged = f"{path / file}: does not match its SHA-256 in {CFG}; it is damaged, or of another SAE"
         require(_sha256(path / file) == saved["sha256"].get(file), damaged)
 
-    sae = build_sae(cfg)
     state: dict[str, Tensor] = {}
     for file, like in _tensors(sae).items():
         tensors = _read_tensors(path / file)

@@ -97,7 +97,7 @@ class Dictionary:
     dict_size: checks.Positive = 2048
     """Number of latents."""
     top_k: checks.Positive = 32
-    """Latents kept per token: exactly by topk, on average by batchtopk."""
+    """Latents kept per token: exactly by topk, on average by batchtopk and matryoshka."""
     l1_coeff: checks.NonNegative = 0.0
     """Sparsity coefficient: of the L1 norm for vanilla, of L0 for jumprelu."""
     bandwidth: checks.PositiveReal = 0.001
@@ -107,7 +107,7 @@ class Dictionary:
     prefixes: checks.Shares = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """Matryoshka: the first latents, as shares of dict_size, that must reconstruct on their own; written 0.25,0.5,1."""
     top_k_aux: checks.Positive = 256
-    """Dead latents kept per token to explain what the live ones left over (AuxK; topk and batchtopk)."""
+    """Dead latents kept per token to explain what the live ones left over (AuxK)."""
     aux_penalty: checks.NonNegative = 1 / 32
     """Weight of the AuxK loss."""
     dead_after_tokens: checks.Positive | None = None

@@ -8,20 +8,17 @@ rows of activations (Rows), or of what the model then predicts (Predictions); de
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from language_model import ordinary_positions, record, replacing
+from language_model import Model, ordinary_positions, record, replacing
 from runtime import ranks
 from runtime.checks import require
 from sae import BaseAutoencoder, SAEOutput
-
-if TYPE_CHECKING:  # importing it takes ten seconds
-    from transformer_lens.model_bridge import TransformerBridge
 
 MAX_LOGITS = 1 << 26  # in one forward pass: 256 MB of float32
 
@@ -57,7 +54,7 @@ def l1(seen: Rows) -> Tensor:
 
 def mse(seen: Rows) -> Tensor:
     """Average the squared error of the output, in the SAE's normalised space."""
-    return (seen.out.latents.y_hats[-1] - seen.sae.normalise(seen.x).z).pow(2).mean()
+    return (seen.out.latents.y_hats[-1] - seen.sae.normalise(seen.x)[0]).pow(2).mean()
 
 
 def _squared_error(seen: Rows) -> Tensor:
@@ -177,7 +174,7 @@ def evaluation_mode(*saes: BaseAutoencoder) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(
-    model: "TransformerBridge",
+    model: Model,
     saes: list[BaseAutoencoder],
     tokens: Int[Tensor, "window pos"],
     mean: Float[Tensor, "act_size"],
@@ -233,7 +230,7 @@ def evaluate(
     return [_finish(sae, means | averages.means(), DERIVED) for sae, averages in zip(saes, of_saes)]
 
 
-def check_tokens(model: "TransformerBridge", tokens: Tensor) -> None:
+def check_tokens(model: Model, tokens: Tensor) -> None:
     """Raise ValueError when they are not windows of tokens that the model knows."""
     context, vocab, said = model.cfg.n_ctx, model.cfg.d_vocab, f"tokens = {tokens.dtype} {list(tokens.shape)}"
     windows = tokens.dtype == torch.int64 and tokens.ndim == 2 and len(tokens) and 2 <= tokens.shape[1] <= context
@@ -244,5 +241,5 @@ def check_tokens(model: "TransformerBridge", tokens: Tensor) -> None:
 
 
 def batches(tokens: Int[Tensor, "window pos"], width: int) -> Iterator[Int[Tensor, "window pos"]]:
-    """Split windows so that so many numbers for each position, logits or latents, are not too many."""
+    """Split windows into batches of at most MAX_LOGITS numbers, `width` of them at each position."""
     yield from tokens.split(max(1, MAX_LOGITS // (tokens.shape[1] * width)))

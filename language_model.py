@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -21,16 +21,16 @@ from transformers.utils.logging import disable_progress_bar
 from config import SITES, Config
 from runtime.checks import explained, require
 
-if TYPE_CHECKING:  # importing it takes ten seconds
-    from transformer_lens.model_bridge import TransformerBridge
-
+Model = Any  # TransformerLens' TransformerBridge; importing it takes ten seconds
 TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 
 
 def model_source(model_name: str) -> str:
     """Name what Hugging Face loads for a model_name: a folder, or the name itself."""
     folder = TINY_LM if model_name == "tiny-lm" else Path(model_name).expanduser()
-    return str(folder.absolute()) if folder.is_dir() else model_name  # TransformerLens has other ideas of some names
+    return (
+        str(folder.absolute()) if folder.is_dir() else model_name
+    )  # TransformerLens takes some names for other models
 
 
 def check_model(cfg: Config) -> Config:
@@ -62,7 +62,7 @@ def check_model(cfg: Config) -> Config:
     return replace(cfg, act_size=act_size)
 
 
-def load_model(cfg: Config) -> "TransformerBridge":
+def load_model(cfg: Config) -> Model:
     """Load the language model of cfg: raw weights, in its dtype, on its device, ready for inference only.
 
     Raises: ValueError when it cannot be loaded or has no such site.
@@ -78,7 +78,7 @@ def load_model(cfg: Config) -> "TransformerBridge":
     return model.eval().requires_grad_(False)
 
 
-def check_hooks(model: "TransformerBridge", cfg: Config) -> None:
+def check_hooks(model: Model, cfg: Config) -> None:
     """Raise ValueError when the model lacks a hook that cfg reads or writes."""
     sites = [site for site, hook in SITES.items() if f"blocks.{cfg.layer}.{hook}" in model.hook_dict]
     missing = f"site = {cfg.site!r}: {cfg.model_name} has no such hook; give one of {', '.join(sites)}"
@@ -91,7 +91,7 @@ class _Recorded(Exception):
 
 @torch.no_grad()
 def record(
-    model: "TransformerBridge", tokens: Int[Tensor, "window pos"], hook_names: Sequence[str]
+    model: Model, tokens: Int[Tensor, "window pos"], hook_names: Sequence[str]
 ) -> dict[str, Float[Tensor, "window pos act_size"]]:
     """Record the activations at some hooks, heads concatenated; the forward pass ends at the last of them."""
     recorded: dict[str, Tensor] = {}
@@ -112,7 +112,7 @@ def record(
 
 @contextlib.contextmanager
 def replacing(
-    model: "TransformerBridge",
+    model: Model,
     by_hook: Mapping[str, Callable[[Float[Tensor, "window pos act_size"]], Float[Tensor, "window pos act_size"]]],
 ) -> Iterator[None]:
     """Pass the activations at each hook, heads concatenated, through its function in every forward pass within."""

@@ -5,33 +5,32 @@ runs/<sweep>/                  one folder a sweep; W&B's offline files lie in it
     resume.safetensors         all that a resumed run needs, of the latest time it was saved
     <Config.name>/             one folder an SAE
         config.json            Config.to_dict()
-        wandb_id, wandb_sent   of its W&B run; after an interruption, how many rows that was given
+        wandb_id, wandb_sent   the id of its W&B run; how many rows that had before an interruption
         metrics.jsonl          {"step", "tokens", "train/..."} on log steps, {..., "eval/..."} on evaluations
         step-000195/           a checkpoint, which SAELens' `SAE.load_from_disk` opens as it is
 """
 
+import contextlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-import torch
 import wandb
 from tqdm import tqdm
 from wandb import Run
 
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import save_checkpoint
 from config import Config
 from runtime import ranks
 from runtime.checks import explained, one_line, require
 from runtime.disk import flush, load_state, save_state, write_durably
 from sae import BaseAutoencoder
 
-__all__ = ["RunLog", "begin_sweep", "load_checkpoint", "load_progress", "read_sweep", "save_checkpoint"]
-
 SWEEP, RESUME, METRICS = "sweep.json", "resume.safetensors", "metrics.jsonl"
-AT_THE_END = {"finish_timeout": 60.0, "finish_timeout_raises": True}  # seconds that W&B is waited for
+WANDB_SECONDS = 60
 
 
 def begin_sweep(folder: Path, cfgs: list[Config]) -> None:
@@ -61,16 +60,13 @@ def read_sweep(folder: Path) -> list[Config]:
 
 
 def load_progress(folder: Path) -> dict[str, Any]:
-    """Read how far a sweep has come: the number of its "group" (of SAEs on one stream) in training, and where that one
-    has come further than its beginning, its "step", "trainers", "store" and "log".
+    """Read how far a sweep has come: "group", the number of the group of SAEs in training, and once that has taken a
+    step, its "step", "trainers", "store" and "log".
 
-    Raises ValueError when a file is damaged, or the processes that share batches do not find the same.
+    Raises ValueError when a file is damaged.
     """
     file = _resume_file(folder)
     state = load_state(file) if file.exists() else {"group": 0}
-    found = torch.tensor([state["group"], state.get("step", 0)], dtype=torch.float64)
-    shared = f"{folder}: not the same on all machines; give an output_dir on a disk that all of them share"
-    require(torch.equal(ranks.mean(found), found), shared)
     if ranks.rank() > 0 and "step" in state:
         state["store"] = load_state(_share_file(folder, state["step"], ranks.rank()))["store"]
     return state
@@ -88,9 +84,9 @@ def _share_file(folder: Path, step: int | str, rank: int | str) -> Path:
 class RunLog:
     """The output of the SAEs trained together: one W&B run each, grouped by the folder's name.
 
-    With the "log" of `load_progress` it goes on behind what that state has seen. Whatever W&B does, training goes on:
-    where it fails a line says so, and the metrics are in metrics.jsonl. Of processes that share batches the first alone
-    writes, but for what only the others know.
+    With the "log" of `load_progress` it goes on after the last row which that state covers. Whatever W&B does,
+    training goes on: where it fails a line says so, and the metrics are in metrics.jsonl. Among processes that share
+    batches only the first writes, except for what the others alone know.
     """
 
     def __init__(self, folder: Path, cfgs: list[Config], group: int = 0, state: dict[str, Any] | None = None) -> None:
@@ -98,7 +94,7 @@ class RunLog:
         self._writes = ranks.rank() == 0
         self._folders = [folder / cfg.name for cfg in cfgs] if self._writes else []
         sizes = [0] * len(cfgs) if state is None else state["metrics_bytes"]
-        self._sent: list[int] = []  # rows to come that W&B was given before an interruption
+        self._sent: list[int] = []  # rows that will be logged again and W&B already has
         for cfg, sae_folder, size in zip(cfgs, self._folders, sizes):
             sae_folder.mkdir(parents=True, exist_ok=True)
             write_durably(sae_folder / "config.json", json.dumps(cfg.to_dict(), indent=2).encode())
@@ -115,20 +111,20 @@ class RunLog:
         self._runs = self._begin_wandb(cfgs)
 
     def _begin_wandb(self, cfgs: list[Config]) -> list[Run | None]:
-        """Begin each SAE's run, or go on with it; offline once the service cannot be used."""
-        asked = os.environ.get("WANDB_RUN_ID")  # by `wandb agent`; wandb.init reads it
-        several = f"WANDB_RUN_ID = {asked!r}: one run, and {len(cfgs)} SAEs; give fields one value each, or unset it"
-        require(asked is None or len(self._folders) <= 1, several)
+        """Begin each SAE's run, or go on with it: offline once the service cannot be used, or not at all."""
         mode, runs = cfgs[0].wandb_mode, []
         for cfg, sae_folder in zip(cfgs, self._folders):
-            id_file = sae_folder / "wandb_id"
-            try:
-                run = self._begin_run(cfg, id_file.read_text() if id_file.exists() else None, mode)
-            except Exception as error:  # of a service out of our hands, which keeps the id of a run it could not begin
-                tqdm.write(f"W&B cannot be used as {mode} ({one_line(error)}); metrics are also in {METRICS}")
-                mode = "offline"
-                run = self._begin_run(cfg, None, mode)
-            write_durably(id_file, run.id.encode())
+            run, id_file = None, sae_folder / "wandb_id"
+            run_id = id_file.read_text() if id_file.exists() else None  # then wandb takes WANDB_RUN_ID, an agent's
+            for tried in dict.fromkeys([mode, "offline"]):
+                mode = tried
+                try:
+                    run = self._begin_run(cfg, run_id, mode)
+                    write_durably(id_file, run.id.encode())
+                    break
+                except Exception as error:  # W&B may fail in any way, and keeps the id of a run that it could not begin
+                    tqdm.write(f"W&B cannot be used as {mode} ({one_line(error)}); metrics are also in {METRICS}")
+                    run_id = None
             runs.append(run)
         return runs
 
@@ -143,7 +139,7 @@ class RunLog:
             mode=mode,
             dir=self.folder,
             reinit="create_new",
-            settings=wandb.Settings(silent=True, disable_git=True, console="off", **AT_THE_END),
+            settings=wandb.Settings(silent=True, disable_git=True, console="off"),
         )
 
     def log(self, index: int, step: int, tokens: int, metrics: dict[str, float]) -> None:
@@ -193,7 +189,16 @@ class RunLog:
 
     def close(self) -> None:
         """End the W&B runs, without waiting for a slow service longer than a minute."""
-        with ThreadPoolExecutor() as threads:
-            ends = [threads.submit(run.finish) for run in self._runs if run is not None]
-        if any(end.exception() for end in ends):
+        threads = [Thread(target=_finish, args=[run], daemon=True) for run in self._runs if run is not None]
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + WANDB_SECONDS
+        for thread in threads:
+            thread.join(max(0, until - time.monotonic()))
+        if any(thread.is_alive() for thread in threads):
             tqdm.write(f"W&B is slow: what it has not been sent lies in {self.folder}/wandb; use `wandb sync`")
+
+
+def _finish(run: Run) -> None:
+    with contextlib.suppress(Exception):
+        run.finish()

@@ -11,8 +11,8 @@ from runtime import cli
 class StopAfterStep:
     """Note whether SIGTERM or Ctrl-C asked to stop; a call after each step tells.
 
-    A second Ctrl-C stops at once, as does one before the first step, where there is nothing to save: KeyboardInterrupt.
-    Not so where processes wait for each other: some of them would have begun.
+    A second Ctrl-C raises KeyboardInterrupt, and so does one before the first step, when there is nothing to save. With
+    several processes the first Ctrl-C always waits for a step, as some may already have begun.
     """
 
     def __init__(self, processes: int) -> None:
@@ -61,8 +61,8 @@ def main(words: list[str]) -> int:
         if rank == 0:
             print(f"main.py: stopped at once; {_how_to_go_on(folder) or 'no state was saved'}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        hint = _how_to_go_on(folder) if isinstance(error, OSError) else ""
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        hint = _how_to_go_on(folder) if isinstance(error, OSError | MemoryError) else ""
         process = f"rank {rank}: " if processes > 1 else ""
         print(f"main.py: {process}{' '.join(str(error).split())}{'; ' if hint else ''}{hint}", file=sys.stderr)
         return 2

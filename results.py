@@ -178,7 +178,7 @@ def report(source: str, group: str | None = None) -> None:
     df.to_csv(folder / "results.csv", index=False)
     print(f"table        {folder / 'results.csv'}")
     if saved := df["checkpoint"].notna().sum():
-        print(f"checkpoints  {folder}/<name>/step-*  ({saved})")
+        print(f"checkpoints  {folder}/**/step-*  ({saved})")
     if any(folder.glob("wandb/offline-run-*")):
         print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
     for figure in save_figures(df, folder, history, cosines)[::2]:

@@ -53,21 +53,17 @@ class SAEOutput:
         return torch.stack(list(self.losses.values())).sum()
 
 
-class Normalised(NamedTuple):
-    """z, and the per-token std and mean that map a reconstruction back."""
-
-    z: Float[Tensor, "batch act_size"]
-    std: Float[Tensor, "batch 1"] | float
-    mean: Float[Tensor, "batch 1"] | float
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Lent(NamedTuple):
-    """What a trainer lends an SAE for as long as it trains it; by default there is no other process, and no memory."""
+    """Hold what a trainer lends an SAE while it trains it. The defaults are for an SAE that nobody trains."""
 
     processes: int = 1
-    mean: Callable[[Tensor], Tensor] = lambda tensor: tensor  # over the processes that share a batch
-    any: Callable[[Tensor], Tensor] = lambda flags: flags
-    num_dead: Callable[[], int | None] = lambda: None  # None where counting does not mean waiting for the device
+    mean: Callable[[Tensor], Tensor] = _alone  # over the processes that share a batch
+    any: Callable[[Tensor], Tensor] = _alone
+    num_dead: Callable[[], int | None] | None = None  # which does not wait for a GPU, as counting them would
     memory: GradientMemory = GradientMemory()
     unit_rows: bool = False  # whether the decoder rows are kept at norm 1, so that no loss needs their norms
 
@@ -95,7 +91,7 @@ class BaseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
-        # Set by initialise_from: before that it is 0, or less where b_dec is known but the scale is not.
+        # The scale that initialise_from measures; 0 in a new SAE, below 0 in a loaded one whose scale is not known yet.
         self.register_buffer("input_scale", torch.zeros(()))
         self.l1_coeff = cfg.l1_coeff  # a trainer lets it rise
         self.lent = Lent()
@@ -161,20 +157,20 @@ class BaseAutoencoder(nn.Module):
     def encode(self, x: Float[Tensor, "*batch act_size"]) -> Float[Tensor, "*batch dict_size"]:
         """Compute latents, dense, as in evaluation whatever the mode: a row's latents do not depend on its batch."""
         self._check_input(x)
-        pre = self._dense_product(self.normalise(x.reshape(-1, x.shape[-1])).z, self.W_enc, self.b_enc)
+        pre = self._dense_product(self.normalise(x.reshape(-1, x.shape[-1]))[0], self.W_enc, self.b_enc)
         return self.activate(SparseLatents(pre, pre, None)).view(*x.shape[:-1], -1)
 
     def decode(self, acts: Float[Tensor, "*batch dict_size"]) -> Float[Tensor, "*batch act_size"]:
         """Reconstruct from latents, in z space: a token's mean and scale, if normalised, are not in its latents."""
         return acts @ self.W_dec + self.b_dec
 
-    def normalise(self, x: Float[Tensor, "batch act_size"]) -> Normalised:
-        """Scale each token as cfg.input_unit_norm says."""
+    def normalise(self, x: Float[Tensor, "batch act_size"]) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Scale each token as cfg.input_unit_norm says: z, and the std and mean that map a reconstruction back."""
         x = x.to(self.W_enc.dtype)
         if not self.cfg.input_unit_norm:
-            return Normalised(x, 1.0, 0.0)
+            return x, 1.0, 0.0
         mean, std = x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True)
-        return Normalised((x - mean) / (std + NORM_EPS), std, mean)
+        return (x - mean) / (std + NORM_EPS), std, mean
 
     def _dense_product(self, z: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         """Compute every pre-activation of normalised activations."""
@@ -203,7 +199,9 @@ class BaseAutoencoder(nn.Module):
 
     def _weights(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         """Take W_enc and W_dec for a forward pass, and W_enc, b_enc and W_dec of the dead latents where AuxK is due."""
-        count = self.lent.num_dead() if self.uses_auxk and self.training else 0
+        if not (self.uses_auxk and self.training):
+            return self.W_enc, self.W_dec, None
+        count = self.lent.num_dead and self.lent.num_dead()
         dead = (self.dead.nonzero() if count is None else torch.nonzero_static(self.dead, size=count)).squeeze(1)
         if not len(dead):
             return self.W_enc, self.W_dec, None
@@ -245,7 +243,7 @@ class BaseAutoencoder(nn.Module):
         Raises ValueError on an x that `forward` refuses.
         """
         self._check_input(x)
-        z = self.normalise(x.reshape(-1, x.shape[-1])).z
+        z = self.normalise(x.reshape(-1, x.shape[-1]))[0]
         mean = self.lent.mean(z.mean(dim=0))
         if self.input_scale == 0:
             self.b_dec.copy_(mean)

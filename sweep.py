@@ -4,24 +4,20 @@ import contextlib
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import huggingface_hub.constants
 
 import results
 from activation_store import ActivationsStore
 from config import Config, by_stream
-from language_model import check_hooks, load_model
+from language_model import Model, check_hooks, load_model
 from logs import RunLog, begin_sweep, load_progress, read_sweep
 from runtime import ranks
 from runtime.checks import require
 from runtime.dry_run import describe
 from runtime.preflight import check, check_machine
-from sae import build_sae
+from sae import SAE_TYPES
 from training import Stopped, heading, train
-
-if TYPE_CHECKING:  # importing it takes ten seconds
-    from transformer_lens.model_bridge import TransformerBridge
 
 
 def begin(cfgs: list[Config], name: str, resumed: str | None) -> tuple[list[Config], Path]:
@@ -32,19 +28,14 @@ def begin(cfgs: list[Config], name: str, resumed: str | None) -> tuple[list[Conf
     return cfgs, Path(resumed or ranks.from_first(f"{cfgs[0].output_dir}/{name}-{stamp}"))
 
 
-class _Model:
-    """Hold one language model at a time: the next one may need the memory of the last."""
-
-    def __init__(self) -> None:
-        self._key, self._model = None, None
-
-    def of(self, cfg: Config) -> "TransformerBridge":
-        key = (cfg.model_name, cfg.dtype, cfg.device)
-        if key != self._key:
-            self._model = None
-            self._key, self._model = key, load_model(cfg)
-        check_hooks(self._model, cfg)
-        return self._model
+def _model_of(cfg: Config, held: dict[tuple, Model]) -> Model:
+    """Load a language model in place of the last one: the next may need its memory."""
+    key = (cfg.model_name, cfg.dtype, cfg.device)
+    if key not in held:
+        held.clear()
+        held[key] = load_model(cfg)
+    check_hooks(held[key], cfg)
+    return held[key]
 
 
 def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lambda: False) -> str | None:
@@ -53,15 +44,15 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
     Goes on where the folder's last run stopped, if there was one. Processes of torchrun all call this. Returns None, or
     how far it came when it was stopped. Raises what `training.train` does.
     """
-    cfgs = check(cfgs)
-    progress, groups, own, model = load_progress(folder), by_stream(cfgs), ranks.own(cfgs), _Model()
+    cfgs = check(cfgs, folder)
+    progress, groups, own, held = load_progress(folder), by_stream(cfgs), ranks.own(cfgs), {}
     left, stopped = list(enumerate(groups))[progress["group"] :], None
     if folder.exists() and progress == {"group": 0}:
-        print("no state was saved: from the beginning", flush=True)
+        print("no state was saved; starting from the beginning", flush=True)
     if not left:
         print("this sweep has been trained to its end", flush=True)
     for _, (cfg, *_) in reversed(left):
-        model.of(cfg)  # before anything is trained, so that a hook which a later group lacks is told now
+        _model_of(cfg, held)  # before anything is trained, so that a hook missing in a later group is reported now
     try:
         for index, group in left:
             state = progress if "step" in progress else None
@@ -69,9 +60,9 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
             if trained_here := [cfg for cfg in group if cfg in own]:
                 on = f", on from step {state['step']:,}" if state else ""
                 print(f"{heading(trained_here)}{on}", flush=True)
-                store = ActivationsStore(model.of(group[0]), trained_here, state and state["store"])
-                saes = [build_sae(cfg) for cfg in trained_here]
-                begin_sweep(folder, cfgs)  # writes, now that all that can be refused was
+                store = ActivationsStore(_model_of(group[0], held), trained_here, state and state["store"])
+                saes = [SAE_TYPES[cfg.sae_type](cfg) for cfg in trained_here]  # `train` places them
+                begin_sweep(folder, cfgs)  # the first thing written: all that can be refused was checked before
                 with contextlib.closing(RunLog(folder, trained_here, index, state and state["log"])) as log:
                     train(saes, store, log, state, should_stop)
                     log.finish()
@@ -87,7 +78,7 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
 def estimate(cfgs: list[Config]) -> None:
     """Print what a run would be, without asking the Hub for anything."""
     require(ranks.world_size() == 1, "--dry-run: it estimates one process; give it without torchrun")
-    check_machine(cfgs)
+    check_machine(cfgs, Path(cfgs[0].output_dir))
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # a newer version of the model is not fetched either
     for line in describe(cfgs):
         print(line, flush=True)

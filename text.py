@@ -28,13 +28,6 @@ MIXED_TOKENS = 1 << 19  # tokens of the windows that wait to be mixed
 READ_ATTEMPTS = 5
 
 
-def bos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that starts every window: BOS, or EOS if the tokenizer has no BOS (GPT-NeoX, Qwen)."""
-    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    assert bos is not None, "preflight refuses a tokenizer with neither a BOS nor an EOS token"
-    return bos
-
-
 def token_windows(
     documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> Iterator[Int[Tensor, "seq_len"]]:
@@ -52,7 +45,8 @@ def _pack(
     documents: list[dict], tokenizer: PreTrainedTokenizerBase, seq_len: int, pending: list[int]
 ) -> Int[Tensor, "window seq_len"]:
     """Append the documents' tokens to those pending, then take all full windows from the front of them."""
-    bos, eos, vocab_size = bos_token_id(tokenizer), tokenizer.eos_token_id, len(tokenizer)
+    bos, eos, vocab_size = tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)
+    bos = eos if bos is None else bos  # GPT-NeoX, Qwen
     remedy = f"is outside the vocabulary of {vocab_size} of {tokenizer.name_or_path!r}; tokenise it for this model"
     for tokens in _tokenised(documents, tokenizer):
         low, high = min(tokens, default=0), max(tokens, default=0)

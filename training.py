@@ -57,7 +57,7 @@ class Trainer:
         self.views = [p.detach() if p.is_contiguous() else p.detach().t() for p in sae.parameters()]
         self.optimizer = torch.optim.Adam(self.views, lr=sae.cfg.lr, betas=(sae.cfg.beta1, sae.cfg.beta2), fused=True)
         self.steps = 0
-        # Of the last step, or of the first with a number that is not finite: its numbers, and which step it was.
+        # What _check looked at in the last step, or in the first that had a number not finite, and which step that was.
         self._checked, self._at = torch.zeros(2 + len(self.views), device=sae.W_dec.device), torch.tensor(0)
         self._dead: tuple[Tensor, torch.cuda.Event | None] | None = None  # on a GPU: their number, on its way here
 
@@ -126,12 +126,13 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Collect all that its next steps depend on beside the batches."""
-        adam = {name: self.optimizer.state[view] for (name, _), view in zip(self.sae.named_parameters(), self.views)}
-        return {"steps": self.steps, "sae": dict(self.sae.state_dict()), "adam": adam}
+        views = dict(zip(dict(self.sae.named_parameters()), self.views))  # contiguous: saving copies none of them
+        adam = {name: self.optimizer.state[view] for name, view in views.items()}
+        return {"steps": self.steps, "sae": self.sae.state_dict() | views, "adam": adam}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
-        self.sae.load_state_dict(state["sae"])
+        self.sae.load_state_dict(state["sae"] | {"W_enc": state["sae"]["W_enc"].t()})  # which was saved as its view
         for (name, _), view in zip(self.sae.named_parameters(), self.views):
             adam = state["adam"][name].items()
             self.optimizer.state[view] = {key: value.to(view.device, copy=True) for key, value in adam}
@@ -153,8 +154,9 @@ def train(
     store's Config and at the end; so does, every resume_freq steps, the state from which another call goes on to the
     same end (with the store made from the same state); `state` is emptied once it is loaded.
     Where the Config names no GPU, the SAEs are placed on all in turn. Processes that share batches all call this.
-    Raises: ValueError when the SAEs do not share the store's stream, or memory does not suffice; FloatingPointError
-    when a number is not finite, after the other SAEs were saved; Stopped after a step in which `should_stop` says so.
+    Raises: ValueError when the SAEs do not share the store's stream; MemoryError when memory does not suffice;
+    FloatingPointError when a number is not finite, after the other SAEs were saved; Stopped after a step in which
+    `should_stop` says so.
     """
     cfg = store.cfg
     for sae in saes:
@@ -163,7 +165,8 @@ def train(
     devices = placements(cfg)
     with contextlib.ExitStack() as stack:
         trainers = []
-        with explained("out of memory for the SAEs", torch.OutOfMemoryError, remedy="lower dict_size, or train fewer"):
+        remedy = "lower dict_size, or train fewer"
+        with explained("out of memory for the SAEs", torch.OutOfMemoryError, remedy=remedy, raised=MemoryError):
             for i, sae in enumerate(saes):
                 trainers.append(Trainer(sae.to(devices[i % len(devices)])))
                 stack.callback(trainers[-1].release)
@@ -221,7 +224,7 @@ class _Loop:
                 for sae in self.saes:
                     log.checkpoint(sae, done)
             if is_eval_step:
-                with self._saving_on_failure(step, self.store.put_back):  # whoever goes on skips the step, not this
+                with self._saving_on_failure(step, self.store.put_back):  # a resumed run repeats the evaluation alone
                     self._evaluate(done)
             if is_eval_step and not is_last_step:
                 left = (time.perf_counter() - started) / (done - first) * (cfg.num_steps - done)
@@ -284,8 +287,9 @@ class _Loop:
             undo()
             if self.log is not None and 0 < done < self.cfg.num_steps and ranks.count() == 1:
                 self._save_state(done)
-            lower = f"batch_size = {self.cfg.batch_size}, dict_size or eval_windows, or train fewer SAEs"
-            require(not memory, f"out of memory in step {done + 1}; start anew with a lower {lower}")
+            lower = f"batch_size = {self.cfg.batch_size}, dict_size or eval_windows, or with fewer SAEs"
+            problem = f"out of memory in step {done + 1}; free memory, or begin again with a lower {lower}"
+            require(not memory, problem, MemoryError)
             raise
 
     def _raise_failures(self, done: int) -> None:

@@ -19,14 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from analysis.latents import nearest_latents
 from config import Config, setting
 from evaluation import evaluation_mode
 from interop.pretrained import load_pretrained
-from language_model import check_model, load_model, ordinary_positions, record
+from language_model import Model, check_model, load_model, ordinary_positions, record
 from runtime.checks import require
 from runtime.cli import Parser
 from runtime.disk import write_durably
@@ -73,7 +72,7 @@ def feature_dashboard(
     sae: BaseAutoencoder,
     path: str | Path = "dashboard.html",
     *,
-    model: TransformerBridge | None = None,
+    model: Model | None = None,
     windows: int = 1024,
     dataset_path: str | None = None,
     dataset_name: str | None = None,
@@ -125,9 +124,7 @@ def command(words: list[str]) -> None:
 
 
 @torch.no_grad()
-def latent_statistics(
-    sae: BaseAutoencoder, model: TransformerBridge, tokens: Int[Tensor, "window pos"]
-) -> LatentStatistics:
+def latent_statistics(sae: BaseAutoencoder, model: Model, tokens: Int[Tensor, "window pos"]) -> LatentStatistics:
     """Find what each latent fires on, with the SAE as in evaluation."""
     F, rng = sae.cfg.dict_size, torch.Generator().manual_seed(0)
     counts, sums, maxima = np.zeros(F, np.int64), np.zeros(F), np.zeros(F, np.float32)
@@ -166,9 +163,7 @@ def latent_statistics(
     )
 
 
-def activations(
-    sae: BaseAutoencoder, model: TransformerBridge, tokens: Int[Tensor, "window pos"]
-) -> Iterator[Activations]:
+def activations(sae: BaseAutoencoder, model: Model, tokens: Int[Tensor, "window pos"]) -> Iterator[Activations]:
     """Compute the SAE's activations at the ordinary positions, in order, a few whole windows at a time."""
     F, device, hook, first = sae.cfg.dict_size, sae.W_dec.device, sae.cfg.hook_name, 0
     at_a_time = max(1, DENSE_NUMBERS // (tokens.shape[1] * F))
@@ -254,7 +249,7 @@ def choose_contexts(
 
 
 @torch.no_grad()
-def direct_effects(sae: BaseAutoencoder, model: TransformerBridge, count: int) -> tuple[Ranked, Ranked]:
+def direct_effects(sae: BaseAutoencoder, model: Model, count: int) -> tuple[Ranked, Ranked]:
     """Find the tokens whose logits a latent's decoder row raises most, and those it lowers most, on the direct path.
 
     That path leads past all later blocks: the row, scaled to root mean square 1, goes through the model's own final
@@ -284,7 +279,7 @@ def direct_effects(sae: BaseAutoencoder, model: TransformerBridge, count: int) -
 # ---- the page ----
 
 
-def page(sae: BaseAutoencoder, model: TransformerBridge, dataset_path: str, tokens: Int[Tensor, "window pos"]) -> str:
+def page(sae: BaseAutoencoder, model: Model, dataset_path: str, tokens: Int[Tensor, "window pos"]) -> str:
     """Put the data into the template: tokens as indices into one table of strings, each window once."""
     cfg, F, statistics = sae.cfg, sae.cfg.dict_size, latent_statistics(sae, model, tokens)
     counts, peaks, bands, shown = statistics.counts, statistics.peaks, statistics.bands, statistics.shown

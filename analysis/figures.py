@@ -114,7 +114,7 @@ def plot_dead(df: pd.DataFrame, history: pd.DataFrame) -> Figure:
 
 
 def plot_density(df: pd.DataFrame, densities: Sequence[Float[np.ndarray, "dict_size"]]) -> Figure:
-    """Draw histograms of how often latents fire: one array for each row of the table, from evaluation.feature_density.
+    """Draw histograms of how often latents fire: one array for each row of the table, from latents.feature_density.
 
     A latent's density is the share of tokens at which it fires; latents that never do have no place on the axis, so the
     legend says how many they are. Raises ValueError when no latent fires, or there is not one array for each row.

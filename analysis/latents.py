@@ -1,8 +1,5 @@
 """Look at a dictionary's latents: how often they fire, and how near to each other they are."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,19 +8,16 @@ from torch import Tensor
 
 from checkpoint import load_checkpoint
 from evaluation import batches, check_tokens
-from language_model import ordinary_positions, record
+from language_model import Model, ordinary_positions, record
 from runtime.checks import require
 from sae import BaseAutoencoder
-
-if TYPE_CHECKING:  # importing it takes ten seconds
-    from transformer_lens.model_bridge import TransformerBridge
 
 COMPARED = 1 << 26  # cosines at a time: 256 MB
 
 
 @torch.no_grad()
 def feature_density(
-    sae: BaseAutoencoder, model: "TransformerBridge", tokens: Int[Tensor, "window pos"]
+    sae: BaseAutoencoder, model: Model, tokens: Int[Tensor, "window pos"]
 ) -> Float[Tensor, "dict_size"]:
     """Find the share of ordinary positions at which each latent fires, in evaluation; the shares sum to L0.
 
@@ -65,6 +59,6 @@ def nearest_cosines(W_dec: Float[Tensor, "dict_size act_size"], at_most: int = 4
     return nearest_latents(W_dec, spaced.round().long(), 1)[1].flatten()
 
 
-def nearest_cosines_of(checkpoint: str | Path) -> Float[np.ndarray, "latents"]:
+def nearest_cosines_of(checkpoint: str) -> Float[np.ndarray, "latents"]:
     """Compute the nearest cosines of a saved dictionary. Raises ValueError when it is damaged."""
     return nearest_cosines(load_checkpoint(checkpoint).W_dec).numpy()

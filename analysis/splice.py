@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 
-from language_model import ordinary_positions, replacing
+from language_model import Model, ordinary_positions, replacing
 from runtime.checks import require
 from sae import BaseAutoencoder
 
@@ -30,7 +29,7 @@ Latent = tuple[str, int]
 
 @contextlib.contextmanager
 def splice(
-    model: TransformerBridge,
+    model: Model,
     *saes: BaseAutoencoder,
     error_term: bool = False,
     scale: Mapping[Latent, float] = {},

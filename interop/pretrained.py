@@ -97,8 +97,10 @@ def load_pretrained(
     with explained(f"{source}: cannot be opened here", ValueError):
         cfg = Config(**{"input_unit_norm": False} | fields, device=str(device))
     sae = build_sae(cfg)
-    trained = {"input_scale": torch.tensor(-1.0)}  # training measures the scale, and keeps b_dec and the thresholds
-    sae.load_state_dict(sae.state_dict() | trained | tensors)
+    # Training measures the scale, and keeps b_dec and the thresholds.
+    trained = {"input_scale": torch.tensor(-1.0), "threshold_updates": torch.tensor(100)}
+    state = sae.state_dict()
+    sae.load_state_dict(state | {name: value for name, value in trained.items() if name in state} | tensors)
     return sae.eval()
 
 
@@ -125,9 +127,9 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     in_norms, subtracted = cfg.get("rescale_acts_by_decoder_norm", False), cfg.get("apply_b_dec_to_input", True)
     _check(file, "rescale_acts_by_decoder_norm", in_norms, (True, False) if "topk" in architecture else (False,))
     _check(file, "apply_b_dec_to_input", subtracted, (True, False))
-    unsaid = metadata is cfg and "center_writing_weights, perhaps, which files from before SAELens 6 do not say"
+    unsaid = metadata is cfg and "perhaps center_writing_weights (files from before SAELens 6 do not say)"
     if processing := metadata.get("model_from_pretrained_kwargs") or unsaid:
-        warnings.warn(f"{file}: of a model loaded with {processing}; load_model gives raw weights", stacklevel=3)
+        warnings.warn(f"{file}: trained on a model with {processing}; load_model loads raw weights", stacklevel=3)
 
     found = _read_tensors(weights)
     unscaled = (found.pop("scaling_factor", torch.ones(())) == 1).all()

@@ -9,7 +9,7 @@ Rajamanoharan et al. 2024 (arXiv:2407.14435), equations 11 and 12.
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class _Jump(torch.autograd.Function):
@@ -21,6 +21,7 @@ class _Jump(torch.autograd.Function):
         return pre * fires if times_pre else fires.to(pre.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         pre, threshold, eps = ctx.saved_tensors
         height = threshold if ctx.times_pre else 1

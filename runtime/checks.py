@@ -87,7 +87,7 @@ def kind_of(hint: Any) -> tuple[Any, list[Check], bool]:
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """List the words that an annotation allows where they are few; nothing where they are not."""
+    """List the values that an annotation allows, if it names them."""
     kind, _, _ = kind_of(hint)
     return ("True", "False") if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
 

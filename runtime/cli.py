@@ -143,7 +143,7 @@ def read_overrides(file: Path) -> dict[str, tuple]:
     for name, value in pairs:
         known = isinstance(name, str) and name in HINTS
         require(known, f"{said}: {name!r} is no field of Config; {near(name, HINTS)}--help lists them")
-        require(name not in given, f"{said}: {name} stands there twice; give one list of its values")
+        require(name not in given, f"{said}: {name} is given twice; give one list of its values")
         require(value != [], f"{said}: {name} = []: no value; give one or several")
         several = value if isinstance(value, list) else [value]
         takes_list = get_origin(kind_of(HINTS[name])[0]) is tuple

@@ -1,6 +1,6 @@
 """Describe what a run would be: its Configs, its parameters and the memory it takes. Trains and writes nothing.
 
-The Hub is not asked: of a model that is not on this disk, only what its Config says is known.
+The Hub is not contacted, so for a model that is not on this disk only its Config is known.
 """
 
 import textwrap

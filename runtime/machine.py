@@ -25,7 +25,7 @@ def check_buffer(cfg: Config, rows: int, row_bytes: int) -> None:
     require(
         needed <= free,
         f"num_batches_in_buffer = {cfg.num_batches_in_buffer}: the buffer (and, on a CPU, a copy to save it)"
-        f" takes {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free; give at most"
+        f" needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; give at most"
         f" {cfg.num_batches_in_buffer * free // needed}, or lower model_batch_size = {cfg.model_batch_size}",
     )
 

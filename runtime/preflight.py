@@ -1,4 +1,4 @@
-"""What can be told before a run begins: whether its machine, its model and its text are there and fit each other."""
+"""Check before a run begins that its machine, its model and its text are there and fit each other."""
 
 import os
 import tempfile
@@ -15,19 +15,19 @@ from runtime.documents import load_documents
 from text import token_windows
 
 
-def check(cfgs: list[Config]) -> list[Config]:
+def check(cfgs: list[Config], folder: Path) -> list[Config]:
     """Fill in act_size, after what can be known about machine, model and text without the weights.
 
     Raises ValueError or OSError when there is no such model or text, they do not fit, or nothing can be written.
     """
-    check_machine(cfgs)
+    check_machine(cfgs, folder)
     cfgs = [check_model(cfg) for cfg in cfgs]
     for cfg in {(c.dataset_path, c.dataset_name, c.model_name, c.seq_len): c for c in cfgs}.values():
         check_text(cfg)
     return cfgs
 
 
-def check_machine(cfgs: list[Config]) -> None:
+def check_machine(cfgs: list[Config], folder: Path) -> None:
     """Raise ValueError when there is no such device, processes cannot share the batches, or nothing can be written."""
     gpus = torch.cuda.device_count()
     for cfg in cfgs:
@@ -38,15 +38,17 @@ def check_machine(cfgs: list[Config]) -> None:
         require(device.index is None or ranks.world_size() == 1, own)
         seen = device.type != "cuda" or (device.index or 0) < gpus
         require(seen, f"{said}: torch sees {gpus} GPUs; give cpu or another")
-    for output_dir in dict.fromkeys(cfg.output_dir for cfg in cfgs):
-        output, said = Path(output_dir).absolute(), f"output_dir = {output_dir!r}"
-        existing = next(path for path in (output, *output.parents) if path.exists())
-        with explained(f"{said}: {existing} cannot be written to", OSError, remedy="give another"):
-            descriptor, file = tempfile.mkstemp(dir=existing)
-        os.close(descriptor)
-        missing = ranks.in_any(not os.path.exists(ranks.from_first(file)))
-        os.unlink(file)
-        require(not missing, f"{said}: not the same on all machines; give one that all share")
+    asked, is_used = os.environ.get("WANDB_RUN_ID"), cfgs[0].wandb_mode != "disabled"  # by `wandb agent`
+    several = f"WANDB_RUN_ID = {asked!r}: one run, and {len(cfgs)} SAEs; give each field one value, or unset it"
+    require(asked is None or len(cfgs) == 1 or not is_used, several)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    said = f"output_dir = {cfgs[0].output_dir!r}"
+    with explained(f"{said}: {existing} cannot be written to", OSError, remedy="give another"):
+        descriptor, file = tempfile.mkstemp(dir=existing)
+    os.close(descriptor)
+    missing = ranks.in_any(not os.path.exists(ranks.from_first(file)))
+    os.unlink(file)
+    require(not missing, f"{said}: not the same on all machines; give one that all share")
 
 
 def check_text(cfg: Config) -> None:

@@ -76,8 +76,8 @@ def start(share: Literal["batches", "saes"], device: torch.device) -> None:
         require(gpu < gpus, f"device = 'cuda': {gpus} GPUs for more processes; give torchrun --nproc-per-node {gpus}")
         torch.cuda.set_device(gpu)
         backend = "cpu:gloo,cuda:nccl"
-    remedy = "see what the others say, and torchrun's --rdzv-endpoint"
-    with explained("not all processes of this run have come", RuntimeError, remedy=remedy, raised=ConnectionError):
+    remedy = "read the others' output, and check torchrun's --rdzv-endpoint"
+    with explained("not all processes of this run have joined", RuntimeError, remedy=remedy, raised=ConnectionError):
         _store, rank, size = next(iter(dist.rendezvous("env://", timeout=TO_JOIN)))
         _store.set(f"here {rank}", "")
         _store.wait([f"here {other}" for other in range(size)], TO_JOIN)
@@ -112,9 +112,9 @@ def in_any(flag: bool) -> bool:
 
 
 def meet(is_stopped: bool, should_stop: Callable[[], bool]) -> bool:
-    """Say that this process is done, or was stopped, and leave the others; the first one waits for them all.
+    """Report that this process is done or was stopped, and leave the others; the first process waits for all.
 
-    Returns whether all that this process knows of was trained to its end.
+    Returns whether, as far as this process knows, everything was trained to its end.
     """
     if _store is None:
         return not is_stopped

@@ -410,7 +410,7 @@ def test_a_part_without_a_window_of_text_is_refused(
 def test_a_buffer_that_does_not_fit_is_refused_with_what_would(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 2 * 2 * 5 * 4 * (SEQ_LEN - 1) * WIDTH * 4  # two hooks, each buffer twice, of five batches
     monkeypatch.setattr(machine, "_free_memory", lambda device: free)
-    with pytest.raises(ValueError, match=r"num_batches_in_buffer = 8: the buffer .* takes .* GB.*; give at most 5, or"):
+    with pytest.raises(ValueError, match=r"num_batches_in_buffer = 8: the buffer .* needs .* GB.*; give at most 5, or"):
         make()
     monkeypatch.undo()
     assert 1e8 < machine._free_memory(torch.device("cpu")) < 1e14

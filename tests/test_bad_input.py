@@ -116,8 +116,8 @@ OVERRIDES: list[tuple[bytes, str]] = [
     (b"[" * 100_000, "not YAML or JSON ("),
     (b"top-k: 4", "'top-k' is no field of Config; did you mean top_k? --help lists them"),
     (b"[1]: 4", "[1] is no field of Config; --help lists them"),
-    (b"lr: 1\ntop_k: 4\nlr: 2", "lr stands there twice; give one list of its values"),
-    (b'{"seed": 1, "seed": 2}', "seed stands there twice; give one list"),
+    (b"lr: 1\ntop_k: 4\nlr: 2", "lr is given twice; give one list of its values"),
+    (b'{"seed": 1, "seed": 2}', "seed is given twice; give one list"),
     (b"prefixes: []", "prefixes = []: no value; give one or several"),
 ]  # fmt: skip
 VALUES: list[tuple[bytes, str]] = [

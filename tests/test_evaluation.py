@@ -62,7 +62,7 @@ class Stand(BaseAutoencoder):
     def forward(self, x: Tensor, y: Tensor | None = None) -> SAEOutput:
         self.seen.append(x)
         z_hat, none = self.given(x), torch.zeros(len(x), self.cfg.dict_size)
-        latents = SparseLatents(none, none, None, self.normalise(z_hat).z[None])
+        latents = SparseLatents(none, none, None, self.normalise(z_hat)[0][None])
         return SAEOutput(z_hat, latents, {"mse": (z_hat - x).pow(2).mean()})
 
 
@@ -123,7 +123,7 @@ def test_training_metrics_hold_every_loss_term(sae_type: str) -> None:
     metrics = training_metrics(sae, x, out)
     for name, term in (*out.losses.items(), ("", out.loss)):
         assert metrics[f"train/{name}_loss" if name else "train/loss"] == pytest.approx(term.item(), rel=1e-6)
-    squares = (out.latents.y_hats[-1] - sae.normalise(x).z).square()
+    squares = (out.latents.y_hats[-1] - sae.normalise(x)[0]).square()
     assert metrics["train/mse"] == pytest.approx(squares.mean().item(), rel=1e-6)
     assert metrics["train/dead_share"] == 0.25
     dense = out.latents.to_dense()
@@ -231,7 +231,7 @@ def direct(hf: GPT2LMHeadModel, sae: BaseAutoencoder, tokens: Tensor) -> dict[st
     spliced = run_hf(hf, sae.cfg, tokens, lambda x: sae(x).sae_out)[0]
     x = acts[tokens != EOS]
     out, latents = sae(x), sae.encode(x)
-    z, z_hat = sae.normalise(x).z.double(), sae.decode(latents).double()
+    z, z_hat = sae.normalise(x)[0].double(), sae.decode(latents).double()
     kl = sum((clean[w, p].exp() * (clean[w, p] - spliced[w, p])).sum().item() for w, p in here) / len(here)
     m = {
         "l0": (latents > 0).sum().item() / len(x),

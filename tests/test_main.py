@@ -24,6 +24,7 @@ from evaluation import evaluate
 from language_model import load_model
 from results import format_table, load_results
 from runtime import cli
+from runtime.preflight import check_machine
 from sae import SAE_TYPES
 
 SMALL = [
@@ -67,7 +68,7 @@ def test_a_miniature_sweep_end_to_end(here: Path) -> None:
     for file in ("results.csv", "pareto.png", "training.png", "dead.png", "cosines.png"):
         assert str(folder / file) in done.stdout and (folder / file).stat().st_size > 1000
     assert all((folder / f"{name}.pdf").stat().st_size > 1000 for name in ("pareto", "training", "dead", "cosines"))
-    assert f"{folder}/<name>/step-*  (4)" in done.stdout and f"wandb sync {folder}/wandb/offline-run-*" in done.stdout
+    assert f"{folder}/**/step-*  (4)" in done.stdout and f"wandb sync {folder}/wandb/offline-run-*" in done.stdout
     assert len(list(folder.glob("wandb/offline-run-*"))) == 4
     with (folder / "results.csv").open() as file:
         assert [float(row["l0"]) for row in csv.DictReader(file)] == pytest.approx(list(df["l0"]))
@@ -237,3 +238,12 @@ def test_the_command_that_an_agent_of_the_sweep_file_builds_trains_one_sae(
     assert load_checkpoint(checkpoint).cfg.sae_type == "batchtopk"
     assert (checkpoint.parent / "wandb_id").read_text() == "run11"  # the agent's, so that the sweep has this run
     assert len(list(Path("runs").glob("*/wandb/offline-run-*/run-run11.wandb"))) == 1
+
+
+def test_an_agent_that_asks_for_one_run_gets_one_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "run11")
+    cfgs = [Config(top_k=k, device="cpu") for k in (4, 8)]
+    with pytest.raises(ValueError, match=r"^WANDB_RUN_ID = 'run11': one run, and 2 SAEs; give each field one value"):
+        check_machine(cfgs, tmp_path)
+    check_machine(cfgs[:1], tmp_path)
+    check_machine([replace(cfg, wandb_mode="disabled") for cfg in cfgs], tmp_path)

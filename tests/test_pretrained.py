@@ -92,6 +92,11 @@ def assert_computes(sae: torch.nn.Module, rule: Callable[[Tensor, Tensors], Tens
     for name, parameter in sae.named_parameters():  # training does not start b_dec and the thresholds anew
         assert torch.equal(started.get_parameter(name), parameter)
     assert sae.input_scale < 0 < started.input_scale  # but it measures the inputs, and so JumpReLU's window
+    if sae.sae_type == "batchtopk":
+        latents = started.train()(x).latents
+        smallest = latents.values[latents.values > 0].amin()
+        started.after_step(latents)
+        torch.testing.assert_close(started.threshold, sae.threshold.lerp(smallest, 0.1), rtol=1e-3, atol=0)
 
 
 GEMMA = "beside transcoders/gemma-scope"

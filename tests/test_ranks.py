@@ -209,7 +209,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_one_that_never_comes_is_not_waited_for_forever(fork_all: ForkAll, place: Place) -> None:
     first, second = fork_all(job="never_comes", processes=2, cwd=place())
     assert (first["rc"], second["rc"]) == (70, 0)
-    assert "ConnectionError: not all processes of this run have come (" in first["err"]
+    assert "ConnectionError: not all processes of this run have joined (" in first["err"]
 
 
 # ---- sharing SAEs ----

@@ -112,7 +112,7 @@ def test_ctrl_c_before_the_first_step_stops_at_once(
     done = fork(*SWEEP, cwd=cwd, signals=[["runs/*/*/metrics.jsonl", signal.SIGINT, 0]], before="fills_slowly")
     assert (done["rc"], done["err"]) == (130, "main.py: stopped at once; no state was saved\n")
     resumed = fork("--resume", str(sweep_folder(cwd)), cwd=cwd)
-    assert resumed["rc"] == 0 and resumed["out"].startswith("no state was saved: from the beginning\n2 SAEs on ")
+    assert resumed["rc"] == 0 and resumed["out"].startswith("no state was saved; starting from the beginning\n2 SAEs")
     assert left_behind(sweep_folder(cwd)) == untroubled[0]
 
 

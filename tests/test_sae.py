@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -229,7 +230,7 @@ def test_initialise_from_sets_b_dec_and_the_scale_of_thresholds_and_window(
     sae = build_sae(config(sae_type, input_unit_norm=input_unit_norm)).double()
     assert sae.input_scale == 0
     x = 30 + 5 * rows(50) * torch.arange(1, D + 1)
-    z = sae.normalise(x).z
+    z = sae.normalise(x)[0]
     scale = (z - z.mean(dim=0)).norm(dim=1).square().mean().sqrt()
     sae.initialise_from(x.view(5, 10, D))
     assert_close(sae.b_dec.data, z.mean(dim=0))
@@ -506,3 +507,10 @@ def test_each_class_is_built_under_its_name_and_says_it_whatever_the_config() ->
         assert {sae_class(config(other)).cfg.sae_type for other in SAE_TYPES} == {name}
     with pytest.raises(ValueError, match=r"^act_size = None: give [^\n]*$"):
         build_sae(config(act_size=None))
+
+
+def test_an_sae_can_be_pickled(tmp_path: Path) -> None:
+    sae = make_sae("batchtopk")
+    torch.save(sae, tmp_path / "sae.pt")
+    again = torch.load(tmp_path / "sae.pt", weights_only=False)
+    assert torch.equal(again(rows(B)).sae_out, sae(rows(B)).sae_out)

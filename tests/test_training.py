@@ -527,7 +527,7 @@ def test_a_run_that_is_out_of_memory_goes_on_to_the_same_end(
     place = Trainer if function == "step" else training
     with monkeypatch.context() as patch:
         patch.setattr(place, function, fail_at(calls, getattr(place, function), full))
-        with pytest.raises(ValueError, match=rf"^out of memory in step {step}; start anew with a lower") as error:
+        with pytest.raises(MemoryError, match=rf"^out of memory in step {step}; free memory, or begin") as error:
             train(troubled, Store(cfg), before)
     assert "\n" not in str(error.value) and "batch_size = 32" in str(error.value)
     (state,) = before.states

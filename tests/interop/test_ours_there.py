@@ -52,8 +52,8 @@ def assert_same(sae: BaseAutoencoder, theirs: SAE, x: torch.Tensor) -> None:
         assert torch.equal(sae.decode(our_acts), theirs.decode(our_acts))  # the same arithmetic
         return
     theirs.encode(x)  # which keeps every token's mean and scale for the next decode
-    rows = sae.normalise(x.reshape(-1, x.shape[-1]))
-    decoded = (sae.decode(our_acts).view_as(rows.z) * rows.std + rows.mean).view_as(x)
+    z, std, mean = sae.normalise(x.reshape(-1, x.shape[-1]))
+    decoded = (sae.decode(our_acts).view_as(z) * std + mean).view_as(x)
     torch.testing.assert_close(decoded, theirs.decode(our_acts), rtol=1e-5, atol=1e-5)
 
 
