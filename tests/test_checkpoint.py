@@ -116,7 +116,7 @@ def test_files_are_strictly_the_ecosystems(
     assert set(os.listdir(tmp_path / "c")) == FILES
     cfg, tensors = read(tmp_path / "c")
 
-    architecture = {"vanilla": "standard", "topk": "topk"}.get(sae_type, "jumprelu")
+    architecture = sae.cfg.type.sae_lens
     shapes = {"W_enc": [D, F], "b_enc": [F], "W_dec": [F, D], "b_dec": [D]}
     if architecture == "jumprelu":
         shapes["threshold"] = [F]

@@ -105,7 +105,8 @@ def test_outputs_losses_and_all_gradients_equal_the_reference(
 ) -> None:
     sae = make_sae(sae_type, dead=DEAD, input_unit_norm=input_unit_norm).train(training)
     expected = reference_of(sae, rows(B))
-    always_sparse = sae_type == "topk" or (sae.cfg.type.sparsity == "top_k" and training)
+    row = sae.cfg.type
+    always_sparse = row.sparsity == "top_k" and (training or row.sae_lens == "topk")
     for x in (rows(B), rows(B).requires_grad_()):
         out = sae(x)
         assert (out.latents.support is None) == (density == 0.0 and not always_sparse)
