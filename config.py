@@ -157,7 +157,7 @@ class Run:
     checkpoint_freq: checks.Positive | None = None
     """Steps between two checkpoints; the end only when not given."""
     resume_freq: checks.Positive | None = None
-    """Steps between two writes of the file from which a run resumes; as many as cost 1% of its time when not given."""
+    """Steps between two writes of the file from which a run resumes; when not given, saving takes 1% of the time."""
     share: Literal["batches", "saes"] = "batches"
     """What the processes of torchrun share out: every batch (data parallel), or the SAEs, each whole on one of them."""
     output_dir: checks.Name = "runs"

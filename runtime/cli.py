@@ -28,7 +28,7 @@ DESCRIPTION = """Train sparse dictionaries on a transformer's activations.
   python main.py list                   the sweeps that have names
   python main.py completion             a script that completes all this in bash
 
-A run trains every Config of the sweep times every combination of the values
+A run trains every Config of the sweep with every combination of the values
 given. Defaults below are those of the sweep {sweep}."""
 COMPLETION = """\
 # Completes options, their values and sweeps, after main.py (alone, or run by python or torchrun) or nn-decompositions.

@@ -40,7 +40,7 @@ def write_durably(path: str | Path, data: bytes | Callable[[Path], object]) -> N
     writing, replaced = (path.with_name(f".{path.name}.{role}") for role in ("writing", "replaced"))
     _put_back(replaced, path)
     _remove(writing)
-    remedy = f"{shutil.disk_usage(path.parent).free:,} bytes are free there; make room or give another place"
+    remedy = f"{shutil.disk_usage(path.parent).free:,} bytes are free there; make room, or raise a quota or limit"
     with contextlib.ExitStack() as cleaning, explained(f"{path}: not written", *ERRORS, remedy=remedy, raised=OSError):
         cleaning.callback(_put_back, replaced, path)
         cleaning.callback(_remove, writing)

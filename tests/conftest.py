@@ -17,7 +17,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 install_import_hook(["kernels", "sae"], "beartype.beartype")
 torch.set_num_threads(1)  # more make tensors as small as these slower, above all where the cores have other work
 
+LONGEST = ("test_ranks", "test_resume", "test_main", "test_notebooks", "test_training")
 END_OF_TEXT = "<|endoftext|>"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files: each runs whole on one worker, and none should be left for the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def sentences(count: int, seed: int) -> list[str]:
