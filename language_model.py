@@ -28,9 +28,8 @@ TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 def model_source(model_name: str) -> str:
     """Name what Hugging Face loads for a model_name: a folder, or the name itself."""
     folder = TINY_LM if model_name == "tiny-lm" else Path(model_name).expanduser()
-    return (
-        str(folder.absolute()) if folder.is_dir() else model_name
-    )  # TransformerLens takes some names for other models
+    # An absolute path, as TransformerLens takes some names for other models.
+    return str(folder.absolute()) if folder.is_dir() else model_name
 
 
 def check_model(cfg: Config) -> Config:

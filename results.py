@@ -166,8 +166,8 @@ def _number(value: float, decimals: int) -> str:
 def report(source: str, group: str | None = None) -> None:
     """Print the table of trained SAEs, write it and its figures, and say what lies where.
 
-    They lie in the folder `source`, in that of the one sweep, or for W&B in the current one. Raises what `load_results`
-    does.
+    Files go to `source`, to the folder of the sweep that `group` names or, for W&B, to the current folder. Raises what
+    `load_results` does.
     """
     df = load_results(source, group=group)
     print(f"\n{format_table(df)}\n", flush=True)

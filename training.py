@@ -128,11 +128,13 @@ class Trainer:
         """Collect all that its next steps depend on beside the batches."""
         views = dict(zip(dict(self.sae.named_parameters()), self.views))  # contiguous: saving copies none of them
         adam = {name: self.optimizer.state[view] for name, view in views.items()}
-        return {"steps": self.steps, "sae": self.sae.state_dict() | views, "adam": adam}
+        return {"steps": self.steps, "sae": dict(self.sae.named_buffers()) | views, "adam": adam}
 
+    @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
-        self.sae.load_state_dict(state["sae"] | {"W_enc": state["sae"]["W_enc"].t()})  # which was saved as its view
+        for name, tensor in self.state()["sae"].items():
+            tensor.copy_(state["sae"][name])
         for (name, _), view in zip(self.sae.named_parameters(), self.views):
             adam = state["adam"][name].items()
             self.optimizer.state[view] = {key: value.to(view.device, copy=True) for key, value in adam}

@@ -22,8 +22,7 @@ def check(cfgs: list[Config], folder: Path) -> list[Config]:
     """
     check_machine(cfgs, folder)
     cfgs = [check_model(cfg) for cfg in cfgs]
-    for cfg in {(c.dataset_path, c.dataset_name, c.model_name, c.seq_len): c for c in cfgs}.values():
-        check_text(cfg)
+    check_texts(cfgs)
     return cfgs
 
 
@@ -49,6 +48,12 @@ def check_machine(cfgs: list[Config], folder: Path) -> None:
     missing = ranks.in_any(not os.path.exists(ranks.from_first(file)))
     os.unlink(file)
     require(not missing, f"{said}: not the same on all machines; give one that all share")
+
+
+def check_texts(cfgs: list[Config]) -> None:
+    """Do `check_text` once for what several Configs share."""
+    for cfg in {(c.dataset_path, c.dataset_name, c.model_name, c.seq_len): c for c in cfgs}.values():
+        check_text(cfg)
 
 
 def check_text(cfg: Config) -> None:

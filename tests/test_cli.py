@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel
 import language_model
 import main
 from config import GROUPS, HINTS, SWEEPS, TYPES, Config, unused_by
-from runtime import cli, dry_run
+from runtime import cli, dry_run, preflight
 from sae import build_sae
 
 PROGRAM = [sys.executable, main.__file__]
@@ -256,6 +256,19 @@ def test_a_dry_run_of_an_unknown_model_tells_what_is_known(dry: Callable[..., st
     out = dry(*unknown, "--act-size=16")
     assert f"parameters   {2 * 16 * 64 + 64 + 16:,} in the SAEs" in out
     assert "beside the libraries and the language model\n" in out and "in the language model" not in out
+
+
+def test_a_dry_run_reads_the_text_once_for_each_window_size(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("The grey owl hoots in the attic.\n" * 8000)
+    cfgs = [
+        Config(layer=1, dataset_path=str(tmp_path / "few.txt"), seq_len=seq_len, batch_size=64, device="cpu")
+        for seq_len in (16, 64)
+    ]
+    checked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "check_text", lambda cfg: checked.append(cfg.seq_len))
+        list(dry_run.describe([*cfgs, cfgs[0]]))
+    assert checked == [16, 64]
 
 
 def test_a_dry_run_asks_nothing_of_the_hub(

@@ -21,6 +21,7 @@ from config import Config
 from kernels import choose, sparse
 from language_model import check_model, load_model
 from runtime import machine
+from runtime.disk import load_state, save_state
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 from training import Trainer, learning_rate, sparsity_coefficient, train
 
@@ -220,6 +221,19 @@ def test_the_way_for_gpus_trains_as_the_way_for_cpus(monkeypatch: pytest.MonkeyP
         trained.append(sae.state_dict())
     assert dead[0] == dead[1] and dead[0][0] == 6 and len({*dead[0]}) > 1
     assert_close(*trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("act_size", [1, D])
+def test_a_trainer_goes_on_from_a_saved_state(tmp_path: Path, act_size: int) -> None:
+    """At width 1 a weight that is stored latent by latent is contiguous either way."""
+    trainer, other = (Trainer(build_sae(config(act_size=act_size, input_unit_norm=False))) for _ in range(2))
+    trainer.step(rows(0)[:, :act_size], 0)
+    save_state(trainer.state(), tmp_path / "state")
+    other.load_state(load_state(tmp_path / "state"))
+    for each in (trainer, other):
+        each.step(rows(1)[:, :act_size], 1)
+    for name, value in trainer.sae.state_dict().items():
+        assert torch.equal(value, other.sae.state_dict()[name]), name
 
 
 def test_a_loaded_state_does_not_meet_the_dead_latents_counted_before(monkeypatch: pytest.MonkeyPatch) -> None:
