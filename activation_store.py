@@ -22,7 +22,6 @@ from runtime.machine import check_buffer, send
 from text import TextPosition, TextStream, held_out_windows
 
 COPIED_ROWS = 1 << 16  # at a time from a GPU
-HELD_OUT_CHOICE = 32
 PREFETCHED = 8  # batches of windows: documents are tokenised many at a time
 
 
@@ -124,7 +123,7 @@ class ActivationsStore:
 
     def held_out_tokens(self) -> Int[Tensor, "window pos"]:
         """Choose cfg.eval_windows windows of the held-out text; see `held_out_windows`."""
-        return held_out_windows(self.cfg, self.model.tokenizer, self.cfg.eval_windows, HELD_OUT_CHOICE)
+        return held_out_windows(self.cfg, self.model.tokenizer, self.cfg.eval_windows)
 
     def _refill(self) -> None:
         """Write new rows into the slots already served, then shuffle all unread rows."""

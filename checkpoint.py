@@ -55,9 +55,8 @@ def save_checkpoint(sae: BaseAutoencoder, path: str | Path) -> None:
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> BaseAutoencoder:
     """Load the SAE saved in the folder `path`: its exact class, in evaluation mode, on `device`, as its cfg then says.
 
-    Numbers in half precision become float32, in which it can be trained. Raises ValueError, naming the file and what is
-    wrong with it, when the folder is not a whole checkpoint of ours, exactly as it was saved, or its numbers are not
-    finite. Links are followed: caches are made of them.
+    Numbers in half precision become float32, in which it can be trained. Raises ValueError, naming the file, when the
+    folder is not a whole checkpoint of ours, exactly as it was saved, or its numbers are not finite.
     """
     path = Path(path)
     missing = f"{path / CFG}: no such file; give the folder of a checkpoint, such as runs/<sweep>/<name>/step-000195"

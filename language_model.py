@@ -35,8 +35,7 @@ def model_source(model_name: str) -> str:
 def check_model(cfg: Config) -> Config:
     """Compare cfg with the model's configuration, before its weights are loaded, and fill in act_size.
 
-    Raises: ValueError when it is no language model, or layer, seq_len or act_size do not fit it; OSError when there is
-    no such model.
+    Raises: ValueError when cfg does not fit it, or it is no language model; OSError when there is no such model.
     """
     set_verbosity_error()  # retries are a line each
     disable_progress_bar()

@@ -5,17 +5,14 @@ runs/<sweep>/                  one folder a sweep; W&B's offline files lie in it
     resume.safetensors         all that a resumed run needs, of the latest time it was saved
     <Config.name>/             one folder an SAE
         config.json            Config.to_dict()
-        wandb_id, wandb_sent   the id of its W&B run; how many rows that had before an interruption
+        wandb_id               the id of its W&B run
         metrics.jsonl          {"step", "tokens", "train/..."} on log steps, {..., "eval/..."} on evaluations
         step-000195/           a checkpoint, which SAELens' `SAE.load_from_disk` opens as it is
 """
 
-import contextlib
 import json
 import os
-import time
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import wandb
@@ -25,12 +22,12 @@ from wandb import Run
 from checkpoint import save_checkpoint
 from config import Config
 from runtime import ranks
-from runtime.checks import explained, one_line, require
+from runtime.checks import explained, one_line, parse_json, require
 from runtime.disk import flush, load_state, save_state, write_durably
 from sae import BaseAutoencoder
 
 SWEEP, RESUME, METRICS = "sweep.json", "resume.safetensors", "metrics.jsonl"
-WANDB_SECONDS = 60
+WANDB_SECONDS = 60  # to wait, at the end, for what has not been sent
 
 
 def begin_sweep(folder: Path, cfgs: list[Config]) -> None:
@@ -46,9 +43,8 @@ def read_sweep(folder: Path) -> list[Config]:
     Raises ValueError when the folder is none, its file is damaged, or it was begun by another number of processes.
     """
     file = folder / SWEEP
-    require(
-        file.is_file(), f"{file}: no such file; give the folder of a sweep, such as runs/tiny-20261123-183000-417205"
-    )
+    missing = f"{file}: no such file; give the folder of a sweep, such as runs/tiny-20261123-183000-417205"
+    require(file.is_file(), missing)
     with explained(f"{file}: damaged", ValueError, TypeError, KeyError, remedy="begin the sweep anew"):
         sweep = json.loads(file.read_text())
         cfgs, processes = [Config(**fields) for fields in sweep["configs"]], int(sweep["processes"])
@@ -61,9 +57,7 @@ def read_sweep(folder: Path) -> list[Config]:
 
 def load_progress(folder: Path) -> dict[str, Any]:
     """Read how far a sweep has come: "group", the number of the group of SAEs in training, and once that has taken a
-    step, its "step", "trainers", "store" and "log".
-
-    Raises ValueError when a file is damaged.
+    step, its "step", "trainers" and "store". Raises ValueError when a file is damaged.
     """
     file = _resume_file(folder)
     state = load_state(file) if file.exists() else {"group": 0}
@@ -84,30 +78,24 @@ def _share_file(folder: Path, step: int | str, rank: int | str) -> Path:
 class RunLog:
     """The output of the SAEs trained together: one W&B run each, grouped by the folder's name.
 
-    With the "log" of `load_progress` it goes on after the last row which that state covers. Whatever W&B does,
-    training goes on: where it fails a line says so, and the metrics are in metrics.jsonl. Among processes that share
-    batches only the first writes, except for what the others alone know.
+    Resumed from `step`, it passes over the rows that were logged after that step before the interruption: training
+    repeats them exactly. Whatever W&B does, training goes on: where it fails a line says so, and the metrics are in
+    metrics.jsonl. Among processes that share batches only the first writes, except for what the others alone know.
     """
 
-    def __init__(self, folder: Path, cfgs: list[Config], group: int = 0, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, cfgs: list[Config], group: int = 0, step: int = 0) -> None:
         self.folder, self._group = folder, group
         self._writes = ranks.rank() == 0
         self._folders = [folder / cfg.name for cfg in cfgs] if self._writes else []
-        sizes = [0] * len(cfgs) if state is None else state["metrics_bytes"]
-        self._sent: list[int] = []  # rows that will be logged again and W&B already has
-        for cfg, sae_folder, size in zip(cfgs, self._folders, sizes):
+        self._repeated: list[int] = []  # rows that will be logged again
+        for cfg, sae_folder in zip(cfgs, self._folders):
             sae_folder.mkdir(parents=True, exist_ok=True)
             write_durably(sae_folder / "config.json", json.dumps(cfg.to_dict(), indent=2).encode())
-            metrics, sent_file = sae_folder / METRICS, sae_folder / "wandb_sent"
+            metrics = sae_folder / METRICS
             metrics.touch()
-            written = metrics.read_bytes()
-            shorter = f"{metrics}: {len(written)} bytes, {size} when the state was saved; restore the file"
-            require(len(written) >= size, shorter)
-            sent = max(written.count(b"\n"), int(sent_file.read_text()) if sent_file.exists() else 0)
-            if state is not None or sent:
-                write_durably(sent_file, str(sent).encode())
-            self._sent.append(sent - written[:size].count(b"\n"))
-            os.truncate(metrics, size)
+            *lines, unfinished = metrics.read_bytes().split(b"\n")
+            os.truncate(metrics, metrics.stat().st_size - len(unfinished))
+            self._repeated.append(sum(parse_json(line, str(metrics))["step"] > step for line in lines))
         self._runs = self._begin_wandb(cfgs)
 
     def _begin_wandb(self, cfgs: list[Config]) -> list[Run | None]:
@@ -139,21 +127,28 @@ class RunLog:
             mode=mode,
             dir=self.folder,
             reinit="create_new",
-            settings=wandb.Settings(silent=True, disable_git=True, console="off"),
+            settings=wandb.Settings(
+                silent=True,
+                disable_git=True,
+                console="off",
+                finish_timeout_raises=True,
+                finish_timeout=WANDB_SECONDS / len(self._folders),
+            ),
         )
 
     def log(self, index: int, step: int, tokens: int, metrics: dict[str, float]) -> None:
         """Write down metrics of the SAE cfgs[index] after `step` steps, `tokens` activations."""
         if not self._writes:
             return
+        if self._repeated[index]:
+            self._repeated[index] -= 1
+            return
         row = {"step": step, "tokens": tokens, **metrics}
         with (self._folders[index] / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
-        run = self._runs[index] if self._sent[index] == 0 else None
-        self._sent[index] = max(0, self._sent[index] - 1)
         try:
-            if run is not None:
-                run.log(row, step=step)
+            if self._runs[index] is not None:
+                self._runs[index].log(row, step=step)
         except Exception as error:  # of a service out of our hands
             self._runs[index] = None
             file = self._folders[index] / METRICS
@@ -172,8 +167,7 @@ class RunLog:
         if self._writes:
             for folder in self._folders:
                 flush(folder / METRICS)
-            log = {"metrics_bytes": [(folder / METRICS).stat().st_size for folder in self._folders]}
-            self._commit({"group": self._group, "log": log, **state})
+            self._commit({"group": self._group, **state})
 
     def finish(self) -> None:
         """Note that the group is trained, so that a resume begins with the next."""
@@ -189,16 +183,9 @@ class RunLog:
 
     def close(self) -> None:
         """End the W&B runs, without waiting for a slow service longer than a minute."""
-        threads = [Thread(target=_finish, args=[run], daemon=True) for run in self._runs if run is not None]
-        for thread in threads:
-            thread.start()
-        until = time.monotonic() + WANDB_SECONDS
-        for thread in threads:
-            thread.join(max(0, until - time.monotonic()))
-        if any(thread.is_alive() for thread in threads):
-            tqdm.write(f"W&B is slow: what it has not been sent lies in {self.folder}/wandb; use `wandb sync`")
-
-
-def _finish(run: Run) -> None:
-    with contextlib.suppress(Exception):
-        run.finish()
+        for run in filter(None, self._runs):
+            try:
+                run.finish()
+            except Exception as error:  # of a service out of our hands, or because it is slow
+                unsent = f"what it has not been sent lies in {self.folder}/wandb; use `wandb sync`"
+                tqdm.write(f"W&B failed at the end ({one_line(error)}); {unsent}")

@@ -44,15 +44,14 @@ def main(words: list[str]) -> int:
             print(answer)
             return 0
         options = cli.parse(words)
-        cfgs = [] if options.resume else options.configs()
 
         import sweep  # late: it takes seconds, and a mistaken word is answered at once
 
         if options.dry_run:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            sweep.estimate(cfgs)
+            sweep.estimate(options.cfgs)
             return 0
-        cfgs, folder = sweep.begin(cfgs, options.sweep, options.resume)
+        cfgs, folder = sweep.begin(options.cfgs, options.sweep, options.resume)
         stopped = sweep.run(cfgs, folder, StopAfterStep(processes))
         if stopped is not None:
             print(f"{stopped}; {_how_to_go_on(folder)}")

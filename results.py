@@ -1,11 +1,12 @@
 """Turn runs and checkpoints into tables, figures and pages of latents.
 
 python results.py runs/<sweep>             the table, and beside it .csv and figures
-python results.py wandb:entity/project     the same, in the current folder
+python results.py wandb:entity/project     the same, in the current folder; or one sweep, entity/project/<sweep>
 python results.py dashboard <checkpoint>   a page with the latents of an SAE
 """
 
 import math
+import re
 import signal
 import sys
 import textwrap
@@ -16,10 +17,8 @@ from pathlib import Path
 if __name__ == "__main__":  # before the imports that take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import numpy as np
 import pandas as pd
 import wandb
-from jaxtyping import Float
 
 from analysis.figures import SETTINGS, row_labels, save_figures
 from config import TYPES
@@ -35,22 +34,20 @@ COLUMNS = {  # metric -> heading in the table, factor, decimals
 SETTING_WIDTH = 16  # of its column, at most
 
 
-def load_results(source: str | Path, *, group: str | None = None) -> pd.DataFrame:
+def load_results(source: str | Path) -> pd.DataFrame:
     """Collect one row per SAE, sorted by type (in the order of config.TYPES), dict_size and L0.
 
-    source: a folder (of one SAE, a sweep or many sweeps), or "wandb:entity/project". group: the one sweep to read.
+    source: a folder (of one SAE, a sweep or many sweeps), "wandb:entity/project" or "wandb:entity/project/sweep".
     Columns:
         run, name            of the sweep and of the SAE: their folders' names, or W&B's group and name
         ...                  the fields of Config; a field that is None can read NaN
         step, tokens         how far training has come, which during a run may be past the last evaluation
         l0, mse, ...         the last value of each "eval/..." metric; those in COLUMNS are NaN before an evaluation
         checkpoint           path of the latest checkpoint; None if there is none, and from W&B
-    Raises ValueError when the source is missing or holds no runs, or a file in it is corrupt; FileNotFoundError when
-    a metrics.jsonl has no config.json beside it; wandb.Error when W&B refuses.
+    Raises ValueError or OSError when the source holds no runs, or a file is corrupt; wandb.Error when W&B refuses.
     """
-    from_wandb = str(source).startswith("wandb:")
-    rows = _wandb_rows(str(source).removeprefix("wandb:"), group) if from_wandb else _local_rows(Path(source), group)
-    require(rows, f"{source}: holds no runs" + (f" of the sweep {group!r}" if group is not None else ""))
+    rows = _wandb_rows(str(source)) if str(source).startswith("wandb:") else _local_rows(Path(source))
+    require(rows, f"{source}: holds no runs")
     df = pd.DataFrame(rows)
     df["checkpoint"] = pd.Series([row["checkpoint"] for row in rows], dtype=object)  # a column of str makes None NaN
     rank = {sae_type: i for i, sae_type in enumerate(TYPES)}
@@ -58,7 +55,7 @@ def load_results(source: str | Path, *, group: str | None = None) -> pd.DataFram
     return df.sort_values(by, key=lambda c: c.map(rank) if c.name == "sae_type" else c, ignore_index=True)
 
 
-def load_history(folder: str | Path, *, group: str | None = None) -> pd.DataFrame:
+def load_history(folder: str | Path) -> pd.DataFrame:
     """Collect every line of metrics of the SAEs in a folder: run and name as in `load_results`, then "step", "tokens",
     "train/..." and "eval/...", NaN where a line lacks it.
 
@@ -66,27 +63,15 @@ def load_history(folder: str | Path, *, group: str | None = None) -> pd.DataFram
     """
     rows = [
         {"run": run, "name": name} | row
-        for sae_folder, run, name in _sae_folders(Path(folder), group)
+        for sae_folder, run, name in _sae_folders(Path(folder))
         for row in _read_metrics(sae_folder / "metrics.jsonl")
     ]
     return pd.DataFrame(rows, columns=None if rows else ["run", "name", "step", "tokens"])
 
 
-def decoder_cosines(df: pd.DataFrame) -> list[Float[np.ndarray, "latents"] | None]:
-    """Compute `latents.nearest_cosines` of each SAE's latest checkpoint; None where there is no checkpoint.
-
-    Raises ValueError when a checkpoint is damaged.
-    """
-    if df["checkpoint"].isna().all():
-        return [None] * len(df)
-    from analysis.latents import nearest_cosines_of  # late, with torch: the table alone is there at once
-
-    return [path and nearest_cosines_of(path) for path in df["checkpoint"]]
-
-
-def _local_rows(root: Path, group: str | None) -> list[dict]:
+def _local_rows(root: Path) -> list[dict]:
     rows = []
-    for folder, run, name in _sae_folders(root, group):
+    for folder, run, name in _sae_folders(root):
         file = folder / "config.json"
         steps = {int(p.name[5:]): str(p) for p in folder.glob("step-*") if p.name[5:].isdecimal() and p.is_dir()}
         last: dict[str, float] = {}  # value of each key, like the summary of a W&B run
@@ -97,21 +82,19 @@ def _local_rows(root: Path, group: str | None) -> list[dict]:
     return rows
 
 
-def _sae_folders(root: Path, group: str | None) -> Iterator[tuple[Path, str, str]]:
+def _sae_folders(root: Path) -> Iterator[tuple[Path, str, str]]:
     """Find the folder of each SAE, the name of its sweep and its own."""
     require(root.is_dir(), f"{root}: no such folder")
     for folder in sorted(path.parent for path in root.rglob("metrics.jsonl")):
-        run, name = folder.resolve().parts[-2:]
-        if group in (None, run):
-            yield folder, run, name
+        yield folder, *folder.resolve().parts[-2:]
 
 
-def _wandb_rows(project: str, group: str | None) -> list[dict]:
-    require(project.count("/") == 1 and all(project.split("/")), f'wandb:{project}: give "wandb:entity/project"')
-    filters = {"group": group} if group is not None else {}
-    runs = wandb.Api().runs(project, filters=filters, lazy=False)  # lazy would make a request for every run
-    place = f"wandb:{project}, run "
-    return [_row(r.group or "", r.name, r.config, r.summary_metrics, None, place + r.name) for r in runs]
+def _wandb_rows(source: str) -> list[dict]:
+    match = re.fullmatch("wandb:([^/]+/[^/]+)(/[^/]+)?", source)
+    require(match, f'{source}: give "wandb:entity/project", or "wandb:entity/project/sweep"')
+    filters = {"group": match[2][1:]} if match[2] else {}
+    runs = wandb.Api().runs(match[1], filters=filters, lazy=False)  # lazy would make a request for every run
+    return [_row(r.group or "", r.name, r.config, r.summary_metrics, None, f"{source}, run {r.name}") for r in runs]
 
 
 def _row(run: str, name: str, config: dict, last: dict, checkpoint: str | None, place: str) -> dict:
@@ -163,22 +146,23 @@ def _number(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.1e}"
 
 
-def report(source: str, group: str | None = None) -> None:
+def report(source: str) -> None:
     """Print the table of trained SAEs, write it and its figures, and say what lies where.
 
-    Files go to `source`, to the folder of the sweep that `group` names or, for W&B, to the current folder. Raises what
-    `load_results` does.
+    Files go to `source` or, for W&B, to the current folder. Raises what `load_results` does.
     """
-    df = load_results(source, group=group)
+    df = load_results(source)
     print(f"\n{format_table(df)}\n", flush=True)
     folder, history, cosines = Path.cwd(), None, []
     if not source.startswith("wandb:"):
-        folder = next(path for path in (Path(source, group or ""), Path(source)) if path.is_dir())
-        history, cosines = load_history(source, group=group), decoder_cosines(df)
+        folder, history = Path(source), load_history(source)
     df.to_csv(folder / "results.csv", index=False)
     print(f"table        {folder / 'results.csv'}")
     if saved := df["checkpoint"].notna().sum():
+        from analysis.latents import nearest_cosines_of  # late, with torch: the table alone is there at once
+
         print(f"checkpoints  {folder}/**/step-*  ({saved})")
+        cosines = [path and nearest_cosines_of(path) for path in df["checkpoint"]]
     if any(folder.glob("wandb/offline-run-*")):
         print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
     for figure in save_figures(df, folder, history, cosines)[::2]:
@@ -192,14 +176,12 @@ def main(words: list[str]) -> None:
 
         command(words[1:])
     else:
-        options = table_parser().parse_args(words)
-        report(options.source, options.group)
+        report(table_parser().parse_args(words).source)
 
 
 def table_parser() -> Parser:
     parser = Parser(prog="results.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", help="folder of one SAE, a sweep or many; or wandb:entity/project")
-    parser.add_argument("--group", metavar="NAME", help="only the sweep of this name")
+    parser.add_argument("source", metavar="SOURCE", help="folder of one SAE, a sweep or many; or wandb:...")
     return parser
 
 

@@ -63,7 +63,7 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
                 store = ActivationsStore(_model_of(group[0], held), trained_here, state and state["store"])
                 saes = [SAE_TYPES[cfg.sae_type](cfg) for cfg in trained_here]  # `train` places them
                 begin_sweep(folder, cfgs)  # the first thing written: all that can be refused was checked before
-                with contextlib.closing(RunLog(folder, trained_here, index, state and state["log"])) as log:
+                with contextlib.closing(RunLog(folder, trained_here, index, state["step"] if state else 0)) as log:
                     train(saes, store, log, state, should_stop)
                     log.finish()
                 del store, saes  # before the next group's are made

@@ -26,6 +26,7 @@ from runtime.documents import load_documents, local_files
 TOKENISED_DOCUMENTS = 64  # at a time
 MIXED_TOKENS = 1 << 19  # tokens of the windows that wait to be mixed
 READ_ATTEMPTS = 5
+HELD_OUT_CHOICE = 32  # times as many windows as are drawn
 
 
 def token_windows(
@@ -75,7 +76,7 @@ def _tokenised(documents: list[dict], tokenizer: PreTrainedTokenizerBase) -> Ite
 
 
 def held_out_windows(
-    cfg: Config, tokenizer: PreTrainedTokenizerBase, count: int, choice: int
+    cfg: Config, tokenizer: PreTrainedTokenizerBase, count: int, choice: int = HELD_OUT_CHOICE
 ) -> Int[Tensor, "window pos"]:
     """Sample `count` held-out windows, the same at every call, or fewer if the text is too short.
 
@@ -127,9 +128,8 @@ class TextPosition:
 class TextStream:
     """The training text as windows of tokens, epoch after epoch, each epoch in another order.
 
-    Every window waits in a pool for a random time: a long document is many windows in a row, which a buffer of
-    activations alone would serve too close together. Processes that share batches each read their own part of the
-    text. A stream made with the `position` of another one continues it exactly.
+    Every window waits in a pool for a random time, as a long document is many windows in a row. Processes that share
+    batches each read their own part of the text. A stream made with another's `position` continues it exactly.
     """
 
     def __init__(self, cfg: Config, tokenizer: PreTrainedTokenizerBase, position: TextPosition | None = None) -> None:
@@ -150,8 +150,7 @@ class TextStream:
     def next_windows(self, count: int) -> Int[Tensor, "count seq_len"]:
         """Return the next windows.
 
-        Raises: ValueError when the whole text does not fill a window, or a row is not text or tokens; OSError when the
-        text cannot be read, even after several attempts.
+        Raises: ValueError when the text cannot be used, OSError when it cannot be read, even after several attempts.
         """
         return torch.stack([self._next() for _ in range(count)])
 

@@ -150,15 +150,12 @@ def train(
 ) -> list[dict[str, float]]:
     """Train every SAE on the same batches of `store` for num_tokens; returns each one's metrics on held-out text.
 
-    The SAEs may differ in type and in every field that is not of the stream (Config.stream). A new SAE gets its b_dec
-    (and JumpReLU its thresholds) from the first batch; one that was trained before goes on from where it is.
-    Metrics and checkpoints go to `log`, if there is one, every log_freq, perf_log_freq and checkpoint_freq steps of the
-    store's Config and at the end; so does, every resume_freq steps, the state from which another call goes on to the
-    same end (with the store made from the same state); `state` is emptied once it is loaded.
-    Where the Config names no GPU, the SAEs are placed on all in turn. Processes that share batches all call this.
-    Raises: ValueError when the SAEs do not share the store's stream; MemoryError when memory does not suffice;
-    FloatingPointError when a number is not finite, after the other SAEs were saved; Stopped after a step in which
-    `should_stop` says so.
+    The SAEs may differ in all that is not of the stream (Config.stream). A new SAE gets its b_dec (and JumpReLU its
+    thresholds) from the first batch; one that was trained before goes on from where it is. Metrics and checkpoints go
+    to `log`, and so does the `state` from which another call, with a store made from it, goes on to the same end; it is
+    emptied once it is loaded. Where the Config names no GPU, the SAEs are placed on all in turn.
+    Raises: ValueError when an SAE has another stream; MemoryError; FloatingPointError when a number is not finite,
+    after the other SAEs were saved; Stopped after a step in which `should_stop` says so.
     """
     cfg = store.cfg
     for sae in saes:

@@ -1,9 +1,8 @@
 """Write the latents of an SAE on one HTML page that needs no network: dashboard.html with the data put into it.
 
 One pass over held-out text finds every latent's largest activation, its strongest contexts and a uniform sample of its
-activations. It writes every activation to a temporary file (16 bytes each). A second pass reads them back to count
-histograms up to that largest activation and to collect the chosen contexts. No [tokens, dict_size] tensor is made, so
-memory does not grow with the text.
+activations, and writes them all to a temporary file (16 bytes each). A second pass reads them back, for histograms up
+to the largest and for the chosen contexts. Memory does not grow with the text.
 """
 
 import json
@@ -77,15 +76,12 @@ def feature_dashboard(
     dataset_path: str | None = None,
     dataset_name: str | None = None,
 ) -> Path:
-    """Write one HTML file, which needs no network, with a table of the SAE's latents and what is known of each:
-
-    density, largest activation, histogram, the contexts that activate it most, contexts from each quarter of its
-    activations, the tokens it promotes and suppresses (`direct_effects`) and the nearest decoder rows.
+    """Write one HTML file with a table of the SAE's latents and, for each, its density, largest activation, histogram,
+    strongest contexts, contexts of each quarter of its activations, direct effects and nearest decoder rows.
 
     sae: of any type, used as in evaluation. model: the language model of sae.cfg, loaded when not given.
-    windows: how many context windows of sae.cfg.seq_len held-out tokens to read; special tokens are left out.
-    dataset_path, dataset_name: the text, as in Config; that of sae.cfg when not given.
-    Returns the path. Raises ValueError or OSError when the model or the held-out text cannot be read.
+    windows: how many context windows of held-out text to read. dataset_path, dataset_name: the text, as in Config; that
+    of sae.cfg when not given. Returns the path. Raises ValueError or OSError when model or text cannot be read.
     """
     require(windows >= 1, f"windows = {windows}: give 1 or more")
     alone = dataset_name is not None and dataset_path is None
@@ -252,15 +248,10 @@ def choose_contexts(
 def direct_effects(sae: BaseAutoencoder, model: Model, count: int) -> tuple[Ranked, Ranked]:
     """Find the tokens whose logits a latent's decoder row raises most, and those it lowers most, on the direct path.
 
-    That path leads past all later blocks: the row, scaled to root mean square 1, goes through the model's own final
-    norm and unembedding as if it were the whole residual stream. What they make of zero (their biases) is subtracted,
-    and so is the mean over the vocabulary, which no probability depends on. With LayerNorm the logits are, up to that
-    mean,
-
-        ((d - mean(d)) / std(d) * ln_final.weight) @ W_U      d = W_dec_j, std biased
-
-    The order of tokens does not depend on the scale of d, so input_unit_norm makes no difference. This holds for sites
-    in the residual stream or added to it: all but "z".
+    The row, scaled to root mean square 1, goes through the model's own final norm and unembedding as if it were the
+    whole residual stream. What they make of zero (their biases) is subtracted, and so is the mean over the vocabulary,
+    which no probability depends on. With LayerNorm the logits are ((d - mean(d)) / std(d) * ln_final.weight) @ W_U, up
+    to that mean, for d = W_dec_j. This holds for sites in the residual stream or added to it: all but "z".
     """
     vocab = min(model.cfg.d_vocab, len(model.tokenizer))  # a padded unembedding has tokens without a string
     device, dtype = model.W_U.device, model.W_U.dtype

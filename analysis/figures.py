@@ -82,16 +82,18 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
 
 
 def plot_training(df: pd.DataFrame, history: pd.DataFrame) -> Figure:
-    """Plot loss, explained variance and L0 over training, for each SAE of a table.
+    """Plot loss, explained variance, L0 and, if any died, dead latents over training, for each SAE of a table.
 
     history: rows of run, name, tokens and metrics, as results.load_history gives them. Lines are training batches, dots
     held-out text. Explained variance below 0 is not shown. Raises ValueError when no SAE of the table has a row.
     """
-    metrics = {"loss": "Loss", "explained_variance": "Expl. variance", "l0": "L0"}
+    metrics = {"loss": "Loss", "explained_variance": "Expl. variance", "l0": "L0", "dead_share": "Dead latents"}
+    if not (history.filter(like="/dead_share") > 0).any(axis=None):
+        del metrics["dead_share"]
     figure = _over_training(df, history, metrics)
     rows = np.reshape(figure.axes, (len(metrics) + 1, -1))[:-1]  # without the legends
-    (loss, *_), (variance, *_), (l0, *_) = rows
-    highest_loss, highest_variance, highest_l0 = (max(axes.dataLim.y1 for axes in row) for row in rows)
+    (loss, *_), (variance, *_), (l0, *_), *dead = rows
+    highest_loss, highest_variance, highest_l0, *_ = (max(axes.dataLim.y1 for axes in row) for row in rows)
     if highest_loss > 0:
         loss.set_yscale("log")
         loss.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5), numticks=6), minor_locator=NullLocator())
@@ -101,15 +103,8 @@ def plot_training(df: pd.DataFrame, history: pd.DataFrame) -> Figure:
     if highest_l0 > 0:
         l0.set_yscale("log", base=2)
         l0.yaxis.set_major_formatter("{x:g}")
-    return figure
-
-
-def plot_dead(df: pd.DataFrame, history: pd.DataFrame) -> Figure:
-    """Plot the share of dead latents over training, for each SAE of a table; see `plot_training`."""
-    figure = _over_training(df, history, {"dead_share": "Dead latents"})
-    highest = max(0.01, *(axes.dataLim.y1 for axes in figure.axes))
-    figure.axes[0].set_ylim(-0.03 * highest, 1.06 * highest)
-    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    for axes, *_ in dead:
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     return figure
 
 
@@ -148,14 +143,13 @@ def save_figures(
     history: pd.DataFrame | None = None,
     cosines: Sequence[Float[np.ndarray, "latents"] | None] = (),
 ) -> list[Path]:
-    """Write pareto, training and dead (which need a history) and cosines, as .png and .pdf; return their paths.
+    """Write pareto, training (which needs a history) and cosines, as .png and .pdf; return their paths.
 
-    cosines: one array for each row of df, None for an SAE without a checkpoint. The folder must exist. Figures that
-    would be empty are left out.
+    cosines: one array for each row of df, None for an SAE without a checkpoint. Empty figures are left out.
     """
     figures = {} if _evaluated(df).empty else {"pareto": plot_pareto(df)}
     if history is not None and not df[["run", "name"]].merge(history).empty:
-        figures |= {"training": plot_training(df, history), "dead": plot_dead(df, history)}
+        figures["training"] = plot_training(df, history)
     if known := [i for i, c in enumerate(cosines) if c is not None and len(c)]:
         figures["cosines"] = plot_cosines(df.iloc[known], [cosines[i] for i in known])
     return [path for name, figure in figures.items() for path in save_figure(figure, folder, name)]

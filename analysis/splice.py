@@ -44,19 +44,15 @@ def splice(
 
     error_term  adds what the SAE does not reconstruct, so that only `scale` and `add` change anything
     scale       latent -> factor: 0 ablates it
-    add         latent -> factor of its decoder row (which has norm 1 if trained here), added at every position, whether
-                the latent fires or not, in the units of the model's activations; to steer, set error_term as well
-    positions   where to splice. By default everywhere but at the first token of a window (BOS) and at special tokens,
+    add         latent -> factor of its decoder row, added at every position, whether the latent fires or not, in the
+                units of the model's activations; to steer, set error_term as well
+    positions   where to splice; by default everywhere but at the first token of a window (BOS) and at special tokens,
                 as in training and `evaluate`. The tokens that `model.generate` adds are spliced like the rest.
 
-    Yields the latents of the latest forward pass by hook name, as they are decoded (scaled), and 0 where nothing is
-    spliced. They are part of the graph, even if no parameter requires a gradient:
-    `torch.autograd.grad(logits[0, -1, token], latents[name])`. Nothing is detached, not even the error term: with it,
-    gradients with respect to whatever comes before the hook are those of the model alone. SAEs encode as in evaluation,
-    whatever their mode, and may be on other devices than the model. Everything is restored at the end, also after an
-    exception.
-    Raises ValueError when an argument is not an SAE, two SAEs read one hook, the model has no such hook, `scale` or
-    `add` is not finite or names a latent that no SAE has, or `positions` does not have the shape of the tokens.
+    Yields the latents of the latest forward pass by hook name, as they are decoded (scaled), 0 where nothing is
+    spliced. They are part of the graph: `torch.autograd.grad(logits[0, -1, token], latents[name])`. Nothing is
+    detached: with error_term, gradients before the hook are those of the model alone. SAEs encode as in evaluation and
+    may be on other devices than the model. Raises ValueError when an argument does not fit the model or the SAEs.
     """
     by_hook: dict[str, BaseAutoencoder] = {}
     for sae in saes:

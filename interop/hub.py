@@ -1,8 +1,7 @@
-"""Push SAEs to the Hugging Face Hub, with a card that describes them, and load them again.
+"""Push SAEs to the Hugging Face Hub, with a card that describes them; interop.pretrained loads them again.
 
 A repository holds a folder for each SAE: its checkpoint, which SAELens opens as it is, and its card, README.md.
-The card of the SAE pushed last also lies at the top, where the Hub shows it.
-The address and the token are huggingface_hub's: HF_ENDPOINT, and `hf auth login` or HF_TOKEN.
+The card of the SAE pushed last also lies at the top, where the Hub shows it. Address and token are huggingface_hub's.
 """
 
 import copy
@@ -12,12 +11,11 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from huggingface_hub import HfApi
 
 from checkpoint import save_checkpoint
 from config import HINTS, Config
-from interop.pretrained import load_pretrained, repo_and_folder
+from interop.pretrained import repo_and_folder
 from results import load_results
 from runtime.checks import explained, require
 from sae import BaseAutoencoder
@@ -33,9 +31,8 @@ def push_to_hub(
 ) -> str:
     """Put the SAE into the Hub's repository "user/repo", made if there is none, in one commit; return its address.
 
-    sweep: the folder of the sweep that trained it, such as runs/tiny-20261123-183000-417205, to have its metrics on
-    the card. folder: where it lies in the repository; under its name when not given.
-    Where its Config names folders and files of this machine, only their last names are published.
+    sweep: the folder of the sweep that trained it, to have its metrics on the card. folder: where it lies in the
+    repository; under its name when not given. Of folders and files of this machine only the last names are published.
     Raises ValueError, one line, when the SAE is not of the sweep or the Hub refuses.
     """
     public = copy.copy(sae)
@@ -55,25 +52,21 @@ def push_to_hub(
     return f"{api.endpoint}/{repo_id}/tree/main/{folder}"
 
 
-def from_pretrained(repo_id: str, folder: str | None = None, device: str | torch.device = "cpu") -> BaseAutoencoder:
-    """Load what `push_to_hub` put into "user/repo"; without `folder`, what lies at its top level."""
-    return load_pretrained(repo_id if folder is None else f"{repo_id}:{folder}", device)
-
-
 def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: str | Path | None = None) -> str:
     """Write in Markdown what the SAE is, how to load it, its metrics in `sweep` and its Config.
 
     Raises ValueError when the sweep's folder does not hold the SAE, or holds it more than once.
     """
-    cfg, load = _public(sae.cfg), f'from_pretrained("{repo_id}", "{folder}")'
+    cfg = _public(sae.cfg)
     parts = [
         "---\nlibrary_name: saelens\ntags:\n- sparse-autoencoder\n- nn-decompositions\n---",
         f"# {cfg.name}",
         f"A {cfg.type.label} sparse autoencoder: {cfg.dict_size} latents of the {cfg.act_size} activations at"
         f" `{cfg.hook_name}` of `{cfg.model_name}`.",
         "## Load it",
-        f"```python\nfrom sae_lens import SAE  # SAELens\n\nsae = SAE.{load}\n```",
-        f"```python\nfrom interop.hub import from_pretrained  # NN Decompositions\n\nsae = {load}\n```",
+        f'```python\nfrom sae_lens import SAE  # SAELens\n\nsae = SAE.from_pretrained("{repo_id}", "{folder}")\n```',
+        "```python\nfrom interop.pretrained import load_pretrained  # NN Decompositions\n\n"
+        f'sae = load_pretrained("{repo_id}:{folder}")\n```',
     ]
     if sweep is not None:
         runs = load_results(sweep)

@@ -7,15 +7,14 @@
     dictionary_learning  config.json, ae.pt                  vanilla, topk, batchtopk (matryoshka too), jumprelu
     sparsify             cfg.json, sae.safetensors           topk
 
-Where a convention differs from ours it is folded into the weights, so that encode, decode and forward in evaluation
-mode are those of the library that wrote them:
+Where a convention differs it is folded into the weights, so that encode, decode and forward stay those of the writer:
 
     inputs are multiplied by s, outputs divided            W_enc s,  W_dec / s,  b_dec / s
     latents in units of n_j, the norm of decoder row j     W_enc_j n_j,  b_enc_j n_j,  W_dec_j / n_j
     b_dec is not subtracted from the input                 b_enc + b_dec W_enc
     a threshold below 0, with a ReLU                       0
 
-What cannot be folded is refused by name. The rows of W_dec keep the norms they have.
+What cannot be folded is refused by name.
 """
 
 import re
@@ -66,10 +65,9 @@ def load_pretrained(
 
     source: a folder in one of the formats above, "user/repo", or "user/repo:folder/in/it".
     model_name, hook_name (such as "blocks.8.hook_resid_pre"): where the files do not say, or say it wrongly.
-    Our own checkpoints come back in their class, numbers and Config, as from `load_checkpoint`. For the others, Config
-    has what their files say: the model, the hook, the sizes, k; what concerns training is our defaults.
-    Raises ValueError, one line, when there is no SAE, it cannot be represented here, or its files are damaged:
-    sizes, formats and finiteness are checked. No code in them is run.
+    Our own checkpoints come back as from `load_checkpoint`. For the others, Config has what their files say: the model,
+    the hook, the sizes, k; what concerns training is our defaults. Raises ValueError, one line, when there is no SAE,
+    it cannot be represented here, or its files are damaged. No code in them is run.
     """
     folder = Path(source) if Path(source).is_dir() else _download(str(source))
     held = {path.name for path in folder.glob("*")}

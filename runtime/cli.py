@@ -5,15 +5,15 @@ Options, their help and their values come from Config. No torch is imported: --h
 
 import argparse
 import contextlib
-import functools
 import itertools
 import re
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
 import docstring_parser
+import shtab
 import yaml
 
 from config import GROUPS, HINTS, SWEEPS, Config, unused_by
@@ -26,45 +26,19 @@ DESCRIPTION = """Train sparse dictionaries on a transformer's activations.
   python main.py                        the tiny sweep: minutes, no network
   python main.py gpt2 --top-k 8 16 32   another sweep, one field at three values
   python main.py list                   the sweeps that have names
-  python main.py completion             a script that completes all this in bash
+  nn-decompositions completion          a script that completes all this in bash
 
 A run trains every Config of the sweep with every combination of the values
 given. Defaults below are those of the sweep {sweep}."""
-COMPLETION = """\
-# Completes options, their values and sweeps, after main.py (alone, or run by python or torchrun) or nn-decompositions.
-_main_py() {
-    local word option= words= cur=${COMP_WORDS[COMP_CWORD]}
-    for word in "${COMP_WORDS[@]:0:COMP_CWORD}"; do
-        case $word in
-            main.py | */main.py | nn-decompositions | */nn-decompositions) option=SWEEP ;;
-            --*) option=${option:+${word//_/-}} ;;
-            *) option=${option/SWEEP/NONE} ;;
-        esac
-    done
-    case $cur in
-        =) cur= ;;
-        -*) option=${option:+OPTION} ;;
-    esac
-    case $option in
-CASES
-    esac
-    COMPREPLY=($(compgen -W "$words" -- "$cur"))
-}
-complete -o default -F _main_py main.py nn-decompositions python python3 torchrun"""
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What the command line asks for: a sweep to train or to estimate, or one to resume."""
 
     sweep: str
-    given: dict[str, tuple]  # fields of Config and the values that each is swept over
-    resume: str | None
-    dry_run: bool
-
-    def configs(self) -> list[Config]:
-        """Make the Configs of the sweep. Raises ValueError at a value that its field does not take."""
-        return override(SWEEPS[self.sweep](), self.given)
+    cfgs: list[Config]
+    resume: str | None = None
+    dry_run: bool = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(words: list[str]) -> Options:
-    """Read the words. Raises ValueError at an option, a sweep or a file that does not exist."""
+    """Read the words. Raises ValueError at an option, a sweep, a file or a value that does not exist."""
     dashed = [re.sub("^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in words]  # W&B: --top_k=16
     known, unknown = _parser(DEFAULT_SWEEP).parse_known_args(dashed)
     wrong = "".join(unknown[:1])
@@ -88,14 +62,14 @@ def parse(words: list[str]) -> Options:
     if "resume" in asked:
         alone = asked["resume"] and len(asked) == 1
         require(alone, "--resume: give it one folder and no other option; the Configs are in the folder")
-        return Options(DEFAULT_SWEEP, {}, asked["resume"], dry_run=False)
+        return Options(DEFAULT_SWEEP, [], asked["resume"])
     sweep, names = asked.get("sweep", DEFAULT_SWEEP), (*SWEEPS, *TEXTS)
     require(sweep not in TEXTS, f"{sweep}: give it no other word")
     require(sweep in SWEEPS, f"sweep = {sweep!r}: {near(sweep, names)}give one of {', '.join(names)}")
     if "overrides" in asked:
         given = read_overrides(Path(asked["overrides"])) | given
     given = {name: tuple(_value(value, HINTS[name]) for value in values) for name, values in given.items()}
-    return Options(sweep, given, None, "dry_run" in asked)
+    return Options(sweep, override(SWEEPS[sweep](), given), dry_run="dry_run" in asked)
 
 
 def answer(words: list[str]) -> str | None:
@@ -119,8 +93,11 @@ def sweeps() -> str:
 
 def completion() -> str:
     """Write a script for bash that completes options, their values where they are few, and the names of sweeps."""
-    words = {"SWEEP": (*SWEEPS, *TEXTS), "OPTION": OPTIONS} | {_option(name): choices(HINTS[name]) for name in HINTS}
-    return COMPLETION.replace("CASES", "\n".join(f"        {key}) words='{' '.join(words[key])}' ;;" for key in words))
+    parser = _parser(DEFAULT_SWEEP)
+    values = {"sweep": (*SWEEPS, *TEXTS)} | {name: choices(hint) for name, hint in HINTS.items()}
+    for action in parser._actions:
+        action.choices = values.get(action.dest) or None
+    return shtab.complete(parser, "bash").rstrip()
 
 
 TEXTS = {"list": sweeps, "completion": completion}
@@ -129,8 +106,7 @@ TEXTS = {"list": sweeps, "completion": completion}
 def read_overrides(file: Path) -> dict[str, tuple]:
     """Read a file of fields of Config, each with a value or a list of those that it is swept over: YAML, so JSON too.
 
-    One value of a field of several numbers is a list. Raises ValueError when there is no such file, it is neither, or
-    it names an unknown field, or one twice.
+    One value of a field of several numbers is a list. Raises ValueError when the file does not hold that.
     """
     said, such = f"--overrides: {file}", "give lines such as top_k: [16, 32]"
     require(file.is_file(), f"{said}: no such file; give a YAML or JSON file of Config's fields")
@@ -161,13 +137,12 @@ def override(cfgs: list[Config], given: dict[str, tuple]) -> list[Config]:
     return list({cfg.name: cfg for cfg in combined}.values())
 
 
-@functools.cache
 def _parser(sweep: str) -> Parser:
     """Make the parser, whose help shows the defaults of a sweep."""
     parser = Parser(
-        prog="main.py", usage="python main.py [SWEEP] [--OPTION VALUE ...]", allow_abbrev=False, add_help=False,
+        prog="nn-decompositions", usage="python main.py [SWEEP] [--OPTION VALUE ...]", allow_abbrev=False,
         description=DESCRIPTION.format(sweep=sweep), formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
+        argument_default=argparse.SUPPRESS, add_help=False,
     )  # fmt: skip
     add = parser.add_argument_group("the sweep").add_argument
     add("sweep", nargs="?", metavar="SWEEP", help=f"One of {', '.join(SWEEPS)} (default: {DEFAULT_SWEEP}).")

@@ -1,7 +1,6 @@
 """Read data sets as documents. A data set is a Hub name or local files, which `datasets` streams.
 
-Its rows are documents, of text or of tokens. One document in ten is held out for evaluation, chosen by a hash that no
-seed and no machine changes.
+Its rows are documents, of text or of tokens. One in ten is held out for evaluation, chosen by a hash of its content.
 """
 
 import glob
@@ -41,8 +40,7 @@ def is_held_out(key: str) -> bool:
 def local_files(dataset_path: str) -> list[Path]:
     """List, sorted, the files that `dataset_path` names as a file, a folder or a glob; none if it is a Hub name.
 
-    Raises: ValueError when a local path is meant but matches no file, files of several kinds, only empty files, or a
-    file that may not be read or is not of the kind that its name says.
+    Raises: ValueError when a local path is meant but its files are missing, of several kinds, empty or unreadable.
     """
     if dataset_path == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -77,10 +75,9 @@ def load_documents(
     """Stream the training or the held-out documents of a data set, its files in an order set by `seed` and the epoch.
 
     A source file (.py) is one document, held out by its path within the folder that all of them share. Every other row
-    (128 lines of a .txt file, a row of .jsonl, .parquet or the Hub) is held out by its content.
-
-    Returns: a data set with one column, "text" (str) or "tokens" (list of int).
-    Raises: ValueError when the data cannot be read or has no column of text or tokens, OSError when it is out of reach.
+    (128 lines of a .txt file, a row of .jsonl, .parquet or the Hub) is held out by its content. The data set has one
+    column, "text" (str) or "tokens" (list of int). Raises: ValueError when it cannot be read or has no such column,
+    OSError when it is out of reach.
     """
     said, files = f"dataset_path = {dataset_path!r}:", local_files(dataset_path)
     names, suffix = [str(p) for p in files], files[0].suffix if files else None

@@ -59,8 +59,7 @@ def check_texts(cfgs: list[Config]) -> None:
 def check_text(cfg: Config) -> None:
     """Read the training and the held-out text, each up to its first window with a token that a dictionary may read.
 
-    Raises: ValueError when a part has none, or the text or the model's tokenizer cannot be read; OSError when the text
-    is out of reach.
+    Raises: ValueError when a part has none, or text or tokenizer cannot be read; OSError when they are out of reach.
     """
     source, said = model_source(cfg.model_name), f"model_name = {cfg.model_name!r}:"
     with explained(f"{said} no tokenizer that can be read", OSError, ValueError, remedy="give another"):

@@ -1,11 +1,9 @@
 """The processes that torchrun starts, and what they tell each other. In a single process all of this does nothing.
 
-Config.share says what they share out. "batches" (data parallel): all hold the same SAEs, each reads its share of the
-text and computes its share of every batch; gradients, counters and thresholds are brought together. "saes": each trains
-some of the SAEs on whole batches, and they meet only at the end.
-
-When a process dies, torchrun ends the others on its machine within 30 seconds. On other machines a collective fails, at
-the latest after TIMEOUT.
+Config.share says what they share out. "batches" (data parallel): each reads its share of the text and computes its
+share of every batch; gradients, counters and thresholds are brought together. "saes": each trains some of the SAEs on
+whole batches, and they meet only at the end. When a process dies, torchrun ends the others on its machine within 30
+seconds; on other machines a collective fails, at the latest after TIMEOUT.
 """
 
 import os

@@ -34,6 +34,7 @@ from language_model import check_model, load_model, ordinary_positions, record
 from runtime import documents as data
 from runtime import machine
 from runtime.disk import load_state, save_state
+from text import held_out_windows
 
 SPECIAL = (0, 1, 2, 3)
 SEQ_LEN, WIDTH = 16, 32
@@ -336,12 +337,9 @@ def test_held_out_text_is_never_trained_on_and_always_the_same(
     assert torch.equal(torch.cat(rows), serve(untouched, 250))
 
 
-def test_held_out_windows_are_a_sample_of_the_first_whatever_the_seed(
-    make: Callable, lm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(activation_store, "HELD_OUT_CHOICE", 2)
-    stores = [make(seed=seed, eval_windows=3) for seed in (0, 1)]
-    samples = [store.held_out_tokens().tolist() for store in stores]
+def test_held_out_windows_are_a_sample_of_the_first_whatever_the_seed(make: Callable, lm: SimpleNamespace) -> None:
+    stores = [make(seed=seed) for seed in (0, 1)]
+    samples = [held_out_windows(store.cfg, lm.tokenizer, 3, choice=2).tolist() for store in stores]
     first = expected_windows(stores[0].cfg, lm, held_out=True)[:6].tolist()
     assert samples[0] == samples[1] and len(samples[0]) == 3
     found = [first.index(window) for window in samples[0]]

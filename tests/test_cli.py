@@ -92,38 +92,32 @@ def test_list_names_the_sweeps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
-    """What bash offers after a line, split into words as bash does it."""
+    """What bash offers after a line."""
     script = tmp_path_factory.mktemp("bash") / "completion"
     script.write_text(said("completion"))
+    shell = (
+        'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))\n'
+        "said=$(complete -p nn-decompositions); function=${said##*-F }; ${function% *}\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
 
     def run(line: str) -> list[str]:
-        words = re.findall(r"=|[^\s=]+", line) + ([""] if line.endswith(" ") else [])
-        shell = (
-            'source "$0"; set -- "$@"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))\n'
-            'complete -p "$1" >&2 && _main_py && printf "%s\\n" "${COMPREPLY[@]}"'
-        )
-        done = subprocess.run(["bash", "--norc", "-uc", shell, script, *words], capture_output=True, text=True)
-        assert done.stderr == f"complete -o default -F _main_py {words[0]}\n"
+        command = ["bash", "--norc", "-c", shell, script, *re.split(" +", line)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stderr == ""
         return done.stdout.split()
 
     return run
 
 
 @pytest.mark.parametrize("line, offered", [
-    ("python main.py ", [*SWEEPS, "list", "completion"]),
-    ("python3 lib/main.py g", ["gpt2"]),
+    ("nn-decompositions ", [*SWEEPS, "list", "completion"]),
     ("nn-decompositions t", ["tiny"]),
-    ("torchrun --nproc-per-node 8 main.py gpt2 --share ", ["batches", "saes"]),
-    ("python main.py gpt2 --re", ["--resume", "--resume-freq"]),
-    ("python main.py gpt2 ", []),
-    ("python main.py --sae_type topk b", ["batchtopk"]),
-    ("python main.py --sae-type=", [*TYPES]),
-    ("main.py --sae-type=j", ["jumprelu"]),
+    ("nn-decompositions gpt2 --re", ["--resume", "--resume-freq"]),
+    ("nn-decompositions --sae-type ", [*TYPES]),
+    ("nn-decompositions --lr 1 2 --sae-type topk b", ["batchtopk"]),
     ("nn-decompositions --input-unit-norm ", ["True", "False"]),
-    ("python main.py --overrides ", []),  # files, by bash itself
-    ("python main.py --sae-type topk --lr ", []),
-    ("python other.py --sae-type ", []),
-    ("python -", []),
+    ("nn-decompositions --sae-type topk --lr ", []),
 ])  # fmt: skip
 def test_bash_completes(complete: Callable[[str], list[str]], line: str, offered: list[str]) -> None:
     assert complete(line) == offered
@@ -131,7 +125,7 @@ def test_bash_completes(complete: Callable[[str], list[str]], line: str, offered
 
 def test_every_option_is_completed(complete: Callable[[str], list[str]]) -> None:
     usage = set(re.findall("^  (?:-h, )?(--[a-z0-9-]+)", cli.answer(["--help"]), flags=re.M))
-    assert set(complete("python main.py --")) == usage and len(usage) == len(HINTS) + 4
+    assert set(complete("nn-decompositions --")) == usage and len(usage) == len(HINTS) + 4
 
 
 # ---- files of overrides ----
@@ -158,9 +152,8 @@ def test_a_file_is_as_its_options(parsed: Callable, text: str) -> None:
     words = ["--top-k", "4", "8", "--lr=0.001", "--sae-type=topk", "--act-size=None", "--input-unit-norm=False"]
     words += ["--model-name=7", "--num-tokens=2e6"]
     options = parsed(text, "gpt2")
-    assert options.configs() == cli.parse(["gpt2", *words]).configs() and len(options.configs()) == 8
-    assert options.given["top_k"] == (4, 8) and options.given["lr"] == (0.001,)
-    assert {type(value) for name in ("top_k", "num_tokens") for value in options.given[name]} == {int}
+    assert options.cfgs == cli.parse(["gpt2", *words]).cfgs and len(options.cfgs) == 8
+    assert {cfg.top_k for cfg in options.cfgs} == {4, 8} and {cfg.lr for cfg in options.cfgs} == {0.001}
 
 
 @pytest.mark.parametrize("word, name, value", [
@@ -181,21 +174,21 @@ def test_words_as_values(word: object, name: str, value: object) -> None:
     ("1", [(1,)]),
 ])  # fmt: skip
 def test_a_list_is_one_value_of_a_field_of_several_numbers(parsed: Callable, text: str, swept: list[tuple]) -> None:
-    found = [cfg.prefixes for cfg in parsed(f"prefixes: {text}\nsae_type: matryoshka").configs()]
+    found = [cfg.prefixes for cfg in parsed(f"prefixes: {text}\nsae_type: matryoshka").cfgs]
     words = ["--sae-type=matryoshka", "--prefixes", *map(cli.written, swept)]
-    assert found == swept == [cfg.prefixes for cfg in cli.parse(words).configs()]
+    assert found == swept == [cfg.prefixes for cfg in cli.parse(words).cfgs]
 
 
 def test_options_win_over_the_file(parsed: Callable) -> None:
     words = ["--lr", "0.5", "--top-k", "2", "--top_k=3"]
-    cfgs = parsed("top_k: [4, 8]\nlr: [1e-3, .1]\nsae_type: topk\n", *words).configs()
+    cfgs = parsed("top_k: [4, 8]\nlr: [1e-3, .1]\nsae_type: topk\n", *words).cfgs
     assert [(cfg.sae_type, cfg.top_k, cfg.lr) for cfg in cfgs] == [("topk", 3, 0.5)]
 
 
 @pytest.mark.parametrize("text, value", [("sae_type: [[topk]]", "['topk']"), ("sae_type: {a: 1}", "{'a': 1}")])
 def test_a_type_that_is_no_word_is_refused(parsed: Callable, text: str, value: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"sae_type = {value}: ") + ".*give one of vanilla"):
-        parsed(text).configs()
+        parsed(text)
 
 
 @pytest.mark.parametrize("words", [["--resume="], ["--resume=runs/a", "tiny"]], ids=str)
@@ -228,7 +221,7 @@ def dry(
 def test_a_dry_run_tells_configs_and_sizes(dry: Callable[..., str]) -> None:
     args = ["--lr", "0.001", "0.01", "--sae-type", "topk", "jumprelu", "--seed", "0", "1"]
     configs, common, *groups = dry(*args).split("\n\n")
-    cfgs = [language_model.check_model(cfg) for cfg in cli.parse([*SMALL, *args]).configs()]  # the name has the width
+    cfgs = [language_model.check_model(cfg) for cfg in cli.parse([*SMALL, *args]).cfgs]  # the name has the width
     lines = [" ".join(line.split()) for line in re.split(r"\n(?! )", configs)]
     jumprelu = "l1_coeff {0.l1_coeff}, bandwidth 0.03, threshold_init 0.05, "
     for cfg, line in zip(cfgs, lines, strict=True):
@@ -251,7 +244,7 @@ def test_a_dry_run_of_an_unknown_model_tells_what_is_known(dry: Callable[..., st
     unknown = ["--model-name=some/model", "--sae-type=topk", "--dataset-path=some/text"]
     out = dry(*unknown)
     assert "\nparameters   unknown: some/model is not on this disk; give --act-size" in out and "MB" not in out
-    (cfg,) = cli.parse([*SMALL, *unknown]).configs()
+    (cfg,) = cli.parse([*SMALL, *unknown]).cfgs
     assert out.startswith(f"{cfg.name}\n\nin it\n    model_name some/model, ")
     out = dry(*unknown, "--act-size=16")
     assert f"parameters   {2 * 16 * 64 + 64 + 16:,} in the SAEs" in out

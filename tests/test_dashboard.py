@@ -338,7 +338,7 @@ def visit(chromium: WebDriver, html: Path) -> Iterator[Open]:
     assert chromium.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
     asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    assert asked and all(url.startswith(("file:", "data:", "about:")) for url in asked)
+    assert asked and all(url.startswith(("file:", "data:", "about:", "chrome:")) for url in asked)
     assert chromium.execute_script("return window.harmed") is None
 
 

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from analysis.figures import (
     plot_cosines,
-    plot_dead,
     plot_density,
     plot_pareto,
     plot_training,
@@ -186,8 +185,8 @@ def test_legend_lies_on_the_figure_and_off_the_panels(widths: tuple[int, ...]) -
 def test_training_curves_are_lines_and_evaluations_dots() -> None:
     df = frame(("topk", 2048, 16, 0.5, 0.6), ("topk", 2048, 32, 0.5, 0.6), ("jumprelu", 2048, 20, 0.5, 0.6))
     figure = plot_training(df, history_of(df).sample(frac=1, random_state=0).sort_values("step"))
-    topk, jumprelu = panels(figure)[:3], panels(figure)[3:]
-    assert [axes.get_ylabel() for axes in topk] == ["Loss", "Expl. variance", "L0"]
+    topk, jumprelu = panels(figure)[:4], panels(figure)[4:]
+    assert [axes.get_ylabel() for axes in topk] == ["Loss", "Expl. variance", "L0", "Dead latents"]
     loss = [line.get_xydata().tolist() for line in topk[0].lines]
     assert loss == [[[1000, 0.5], [2000, 0.25]], [[1000, 1.5], [2000, 1.25]]]
     assert jumprelu[0].lines[0].get_ydata().tolist() == [2.5, 2.25]
@@ -203,7 +202,7 @@ def test_a_run_too_short_to_log_has_dots() -> None:
     known = {"run": ["sweep"], "name": ["sae-0"], "tokens": [9], "eval/l0": [15.0], "eval/dead_share": 0.5}
     history = pd.DataFrame(known)
     assert panels(plot_training(df, history))[2].lines[0].get_xydata().tolist() == [[9, 15]]
-    assert panels(plot_dead(df, history))[0].lines[0].get_xydata().tolist() == [[9, 0.5]]
+    assert panels(plot_training(df, history))[3].lines[0].get_xydata().tolist() == [[9, 0.5]]
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_training(df, history.assign(name="another"))
 
@@ -216,15 +215,13 @@ def test_explained_variance_below_zero_is_off_the_panel() -> None:
     assert variance.get_ylim()[0] == 0 and 0.2 < variance.get_ylim()[1] < 1.5 * 0.25
 
 
-def test_all_that_died_is_in_sight() -> None:
+def test_dead_latents_have_a_panel_once_one_died() -> None:
     df = many(12)
-    figure = plot_dead(df, history_of(df))
-    assert len(panels(figure)) == df["sae_type"].nunique()
-    for axes in panels(figure):
-        low, high = axes.get_ylim()
-        assert low < 0 and 0.11 < high < 0.12
+    dead = panels(plot_training(df, history_of(df)))[3::4]
+    assert {axes.get_ylim() for axes in dead} == {dead[0].get_ylim()} and 0.11 < dead[0].get_ylim()[1] < 0.12
+    assert dead[0].get_yticklabels()[0].get_text().endswith("%")
     alive = history_of(df).assign(**{"train/dead_share": 0.0})
-    assert 0.01 < panels(plot_dead(df, alive))[0].get_ylim()[1] < 0.011
+    assert len(panels(plot_training(df, alive))) == 3 * df["sae_type"].nunique()
 
 
 # ---- histograms ----
@@ -263,7 +260,7 @@ def test_cosines_lie_in_the_panel_of_their_type() -> None:
 
 def test_within_a_type_from_light_to_dark_and_dashed_by_width() -> None:
     df = frame(*(("topk", F, k, 0.5, 0.6) for F in (512, 2048) for k in (16, 32, 64)), ("vanilla", 512, 9, 0.5, 0.6))
-    topk, vanilla = panels(plot_dead(df, history_of(df)))[::-1]
+    topk, vanilla = panels(plot_training(df, history_of(df)))[::-4]
     lines = topk.lines[::2] if topk.lines[1].get_linestyle() == "None" else topk.lines
     brightness = [sum(to_rgb(line.get_color())) for line in lines]
     assert len(lines) == 6 and brightness == sorted(brightness, reverse=True) and len(set(brightness)) == 6
@@ -275,7 +272,7 @@ def test_labels_name_what_differs_within_a_type() -> None:
     """The types have other learning rates here, and TopK two seeds."""
     df = frame(*((t, 2048, 16, 0.5, 0.6) for t in ("topk", "topk", "vanilla")))
     df["lr"], df["seed"] = [1e-3, 1e-3, 3e-3], [0, 1, 0]
-    assert legends(plot_dead(df, history_of(df))) == {
+    assert legends(plot_training(df, history_of(df))) == {
         "TopK": ["k=16, seed 0", "k=16, seed 1"],
         "Vanilla": ["l1=0.00625"],
     }
@@ -314,7 +311,7 @@ def test_saved_as_png_and_pdf(tmp_path: Path) -> None:
     df = many(2)
     cosines = [None, np.linspace(0, 1, 9)]
     paths = save_figures(df, tmp_path, history_of(df), cosines)
-    names = ("pareto", "training", "dead", "cosines")
+    names = ("pareto", "training", "cosines")
     assert paths == [tmp_path / f"{name}.{kind}" for name in names for kind in ("png", "pdf")]
     header = paths[0].read_bytes()[:24]
     assert header.startswith(b"\x89PNG") and int.from_bytes(header[16:20], "big") == 7.5 * 150

@@ -232,14 +232,9 @@ def test_a_command_line_of_anything(first: list[str], options: list[tuple[str, l
         args += [f"{option}={value}" for value in values] if joined else [option, *values]
     assume(not {"-h", "--help"} & set(args))
     try:
-        options = cli.parse(args)
+        cfgs = cli.parse(args).cfgs
     except ValueError as error:
-        assert str(error)
-        return
-    try:
-        cfgs = options.configs()
-    except ValueError as error:
-        assert one_line(error).split(" = ")[0] in FIELDS
+        assert one_line(error)
     else:
         assert cfgs and all(isinstance(cfg, Config) for cfg in cfgs)
 

@@ -12,7 +12,7 @@ from hub_server import TOKEN, Hub, standing_in
 
 from checkpoint import save_checkpoint
 from config import Config
-from interop.hub import from_pretrained, model_card, push_to_hub
+from interop.hub import model_card, push_to_hub
 from interop.pretrained import load_pretrained
 from sae import SAE_TYPES, BaseAutoencoder
 
@@ -49,7 +49,7 @@ def test_pushed_then_loaded(hub: Hub, sae_type: str) -> None:
     files = ("README.md", "cfg.json", "sae_weights.safetensors", "counters.safetensors")
     assert hub.repos["someone/saes"].keys() == {"README.md", *(f"{sae.cfg.name}/{name}" for name in files)}
 
-    loaded = from_pretrained("someone/saes", sae.cfg.name)
+    loaded = load_pretrained(f"someone/saes:{sae.cfg.name}")
     assert type(loaded) is type(sae) and loaded.cfg == sae.cfg
     x = torch.randn(5, 8)
     assert torch.equal(loaded.encode(x), sae.encode(x)) and torch.equal(loaded(x).sae_out, sae(x).sae_out)
@@ -67,7 +67,7 @@ def test_folders_of_this_machine_are_not_pushed(hub: Hub, tmp_path: Path) -> Non
         word for word in ("someone/models", "someone-models", "secret", "/home", str(tmp_path)) if word in pushed
     ]
     public = replace(sae.cfg, model_name="m", dataset_path="*.txt", output_dir=Config().output_dir)
-    assert from_pretrained("someone/saes", public.name).cfg == public
+    assert load_pretrained(f"someone/saes:{public.name}").cfg == public
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_folders_of_this_machine_are_not_pushed(hub: Hub, tmp_path: Path) -> Non
 )
 def test_the_name_of_local_text_is_published_alone(hub: Hub, path: str, name: str) -> None:
     push_to_hub(make("topk", dataset_path=path), "someone/saes", folder="it")
-    assert from_pretrained("someone/saes", "it").cfg.dataset_path == name
+    assert load_pretrained("someone/saes:it").cfg.dataset_path == name
 
 
 def test_a_bar_in_a_name_does_not_end_a_cell() -> None:
@@ -87,7 +87,7 @@ def test_a_repository_is_private_if_asked(hub: Hub) -> None:
     push_to_hub(make("topk"), "someone/secret", private=True)
     push_to_hub(make("topk", l1_coeff=2e6), "someone/saes", folder="l1_2e+06")
     assert hub.is_private == {"someone/secret": True, "someone/saes": False}
-    assert from_pretrained("someone/saes", "l1_2e+06").cfg.top_k == 4
+    assert load_pretrained("someone/saes:l1_2e+06").cfg.top_k == 4
 
 
 def test_a_second_sae_joins_the_first(hub: Hub) -> None:
@@ -166,7 +166,7 @@ def test_the_card(hub: Hub, tmp_path: Path) -> None:
     lines = card.splitlines()
     assert lines[0] == "---" and "library_name: saelens" in lines
     assert 'sae = SAE.from_pretrained("someone/saes", "a/folder")' in lines
-    assert 'sae = from_pretrained("someone/saes", "a/folder")' in lines
+    assert 'sae = load_pretrained("someone/saes:a/folder")' in lines
     assert f"A TopK sparse autoencoder: 32 latents of the 8 activations at `{sae.cfg.hook_name}` of `tiny-lm`." in card
     assert "After 7 steps, 14,336 tokens;" in card and "0.8765" not in card
     assert {"| l0 | 4 |", "| ce_recovered | 0.75 |", "| of_a_metric_to_come | 0.123457 |"} <= set(lines)

@@ -5,14 +5,12 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event
 
 import pytest
 import torch
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-import logs
 from checkpoint import load_checkpoint
 from config import Config
 from logs import RunLog, load_progress
@@ -131,8 +129,8 @@ def test_a_resumed_log_repeats_and_loses_nothing(tmp_path: Path, visitors: socke
     progress = load_progress(folder)
     assert (progress["group"], progress["step"]) == (0, 4) and progress["store"]["order"].tolist() == [0, 1, 2]
 
-    RunLog(folder, cfgs, 0, progress["log"]).close()
-    log = RunLog(folder, cfgs, 0, progress["log"])
+    RunLog(folder, cfgs, 0, progress["step"]).close()
+    log = RunLog(folder, cfgs, 0, progress["step"])
     for step in (6, 8):
         for index in (0, 1):
             log.log(index, step, 32 * step, {"train/loss": 0.0625 if step == 6 else 0.03})
@@ -154,30 +152,13 @@ def test_a_resumed_log_repeats_and_loses_nothing(tmp_path: Path, visitors: socke
         assert sent == sorted(set(steps[cfg.sae_type]))
 
 
-def test_metrics_shorter_than_the_state_says_are_not_made_up(tmp_path: Path) -> None:
-    cfgs = two_configs(wandb_mode="disabled")
-    log = RunLog(tmp_path, cfgs)
-    log_something(log)
-    log.save_state({"step": 4})
-    file = tmp_path / cfgs[0].name / "metrics.jsonl"
-    os.truncate(file, 10)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl: 10 bytes, \d+ when the state was saved; restore the file"):
-        RunLog(tmp_path, cfgs, 0, load_progress(tmp_path)["log"])
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "other"])
+@pytest.mark.parametrize("damage", ["cut", "other"])
 def test_a_damaged_state_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
     log = RunLog(tmp_path, two_configs(wandb_mode="disabled"))
     log.save_state({"step": 4, "store": {"order": torch.arange(1000)}})
     file = tmp_path / "resume.safetensors"
-    content = bytearray(file.read_bytes())
-    if damage == "cut":
-        content = content[: len(content) // 2]
-    elif damage == "flip":
-        content[len(content) // 2] ^= 1
-    else:
-        content = bytearray(b"what is this")
-    file.write_bytes(content)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"what is this")
     with pytest.raises(ValueError, match=r"resume\.safetensors: damaged .*; remove it to train from the beginning$"):
         load_progress(tmp_path)
 
@@ -239,13 +220,19 @@ def test_a_wandb_that_cannot_begin_any_run_is_done_without(
     assert len(list(tmp_path.glob("*/metrics.jsonl"))) == 2
 
 
-def test_a_slow_wandb_is_not_waited_for_long(
+def test_a_wandb_that_fails_at_the_end_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logs, "WANDB_SECONDS", 0.05)
-    log = RunLog(tmp_path, two_configs(wandb_mode="disabled"))
-    slow = Event()
-    monkeypatch.setattr(log._runs[1], "finish", slow.wait)
+    def time_out() -> None:
+        raise TimeoutError("Timed out finishing run.")
+
+    log = RunLog(tmp_path, two_configs(wandb_mode="offline"))
+    first, second = log._runs
+    assert first.settings.finish_timeout == 30 and first.settings.finish_timeout_raises
+    monkeypatch.setattr(first, "finish", time_out)
     log.close()
-    slow.set()
-    assert f"W&B is slow: what it has not been sent lies in {tmp_path}/wandb" in capsys.readouterr().out
+    assert f"lies in {tmp_path}/wandb; use `wandb sync`" in capsys.readouterr().out
+    with pytest.raises(wandb.errors.UsageError, match="finished"):
+        second.log({})
+    monkeypatch.undo()
+    first.finish()

@@ -45,7 +45,7 @@ def here(tmp_path: Path, tiny_gpt2: Path, tiny_text: Path, monkeypatch: pytest.M
 
 
 def parse(*args: str) -> list[Config]:
-    return cli.parse(list(args)).configs()
+    return cli.parse(list(args)).cfgs
 
 
 # ---- from the command line to the plot ----
@@ -65,9 +65,9 @@ def test_a_miniature_sweep_end_to_end(here: Path) -> None:
     assert list(df["sae_type"]) == types and list(df["step"]) == [60] * 4
     assert (df["explained_variance"] > 0.5).all() and (df["ce_recovered"] > 0.8).all()
     assert f"\n\n{format_table(df)}\n\n" in done.stdout
-    for file in ("results.csv", "pareto.png", "training.png", "dead.png", "cosines.png"):
+    for file in ("results.csv", "pareto.png", "training.png", "cosines.png"):
         assert str(folder / file) in done.stdout and (folder / file).stat().st_size > 1000
-    assert all((folder / f"{name}.pdf").stat().st_size > 1000 for name in ("pareto", "training", "dead", "cosines"))
+    assert all((folder / f"{name}.pdf").stat().st_size > 1000 for name in ("pareto", "training", "cosines"))
     assert f"{folder}/**/step-*  (4)" in done.stdout and f"wandb sync {folder}/wandb/offline-run-*" in done.stdout
     assert len(list(folder.glob("wandb/offline-run-*"))) == 4
     with (folder / "results.csv").open() as file:

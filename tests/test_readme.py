@@ -71,7 +71,7 @@ def test_commands(here: Path, program: str, words: list[str]) -> None:
     """They are understood."""
     if program == "main":
         options = None if cli.answer(words) else cli.parse(words)
-        assert options is None or options.resume or options.configs()
+        assert options is None or options.resume or options.cfgs
     else:
         dashboard = words[0] == "dashboard"
         parser = dashboard_parser() if dashboard else results.table_parser()

@@ -20,7 +20,7 @@ import wandb
 import results
 from checkpoint import save_checkpoint
 from config import HINTS, TYPES, Config, SaeType
-from results import decoder_cosines, format_table, load_history, load_results
+from results import format_table, load_history, load_results, report
 from sae import build_sae
 
 RESULTS = Path(results.__file__)
@@ -120,9 +120,7 @@ def test_several_sweeps_and_one_of_them(tmp_path: Path) -> None:
     write_sae(tmp_path / "new", Config(sae_type="topk"), evaluation(32.0))
     write_sae(tmp_path / "new", Config(sae_type="vanilla"), evaluation(33.0))
     assert list(load_results(tmp_path)["run"]) == ["new", "old", "new"]
-    assert list(load_results(str(tmp_path), group="old")["l0"]) == [31.0]
-    with pytest.raises(ValueError, match="holds no runs of the sweep 'odd'"):
-        load_results(tmp_path, group="odd")
+    assert list(load_results(str(tmp_path / "old"))["l0"]) == [31.0]
 
 
 def test_latest_checkpoint_is_the_largest_number(tmp_path: Path) -> None:
@@ -204,7 +202,7 @@ class FakeApi:
 
 def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb, "Api", FakeApi)
-    df = load_results("wandb:me/saes", group="a")
+    df = load_results("wandb:me/saes/a")
     assert list(df["run"]) == ["a", "a"]
     assert list(df["name"]) == [Config(sae_type="topk").name, Config(sae_type="jumprelu").name]
     sae = df.iloc[0]
@@ -223,7 +221,7 @@ def test_wandb_columns_are_the_folders_columns(tmp_path: Path, monkeypatch: pyte
     assert list(load_results("wandb:me/saes")) == list(load_results(tmp_path))
 
 
-@pytest.mark.parametrize("source", ["wandb:", "wandb:saes", "wandb:me/", "wandb:me/saes/run"])
+@pytest.mark.parametrize("source", ["wandb:", "wandb:saes", "wandb:me/", "wandb:me/saes/a/b"])
 def test_wandb_needs_entity_and_project(source: str) -> None:
     with pytest.raises(ValueError, match='give "wandb:entity/project"'):
         load_results(source)
@@ -295,16 +293,15 @@ def test_history_has_every_line(tmp_path: Path) -> None:
     write_sae(tmp_path / "s", Config(), *lines)
     write_sae(tmp_path / "s", Config(seed=1))
     write_sae(tmp_path / "t", Config(), *lines)
-    history = load_history(tmp_path, group="s")
+    history = load_history(tmp_path / "s")
     assert list(history["run"]) == ["s", "s"] and list(history["name"]) == [Config().name] * 2
     assert list(history["tokens"]) == [40_960, 999_424]
     np.testing.assert_array_equal(history["train/loss"], [0.5, math.nan])
     np.testing.assert_array_equal(history["eval/l0"], [math.nan, 30.0])
     assert len(load_history(tmp_path)) == 4
-    assert load_history(tmp_path, group="none").empty
 
 
-def test_decoder_cosines_are_of_the_latest_checkpoints(tmp_path: Path) -> None:
+def test_decoder_cosines_are_of_the_latest_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = Config(act_size=3, dict_size=4, top_k=1, device="cpu")
     folder = write_sae(tmp_path / "s", cfg, evaluation(30.0))
     write_sae(tmp_path / "s", Config(sae_type="vanilla"), evaluation(30.0))
@@ -312,7 +309,10 @@ def test_decoder_cosines_are_of_the_latest_checkpoints(tmp_path: Path) -> None:
         sae = build_sae(cfg)
         sae.W_dec.data = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, -1, 0], last])
         save_checkpoint(sae, folder / f"step-{step}")
-    none, cosines = decoder_cosines(load_results(tmp_path))
+    drawn = []
+    monkeypatch.setattr(results, "save_figures", lambda df, folder, history, cosines: drawn.extend(cosines) or [])
+    report(str(tmp_path))
+    none, cosines = drawn
     assert none is None
     np.testing.assert_allclose(cosines, [0.6, 0, 0, 0.6], atol=1e-7)
 
@@ -334,11 +334,11 @@ def test_command_line(tmp_path: Path) -> None:
     done = run_results(sweep, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert format_table(load_results(sweep)) in done.stdout
-    assert done.stdout.splitlines()[-4:] == [
+    assert done.stdout.splitlines()[-3:] == [
         f"table        {sweep}/results.csv",
-        *(f"figure       {sweep}/{name}.png, .pdf" for name in ("pareto", "training", "dead")),
+        *(f"figure       {sweep}/{name}.png, .pdf" for name in ("pareto", "training")),
     ]
-    for name in ("pareto", "training", "dead"):
+    for name in ("pareto", "training"):
         assert all((sweep / f"{name}.{kind}").stat().st_size > 0 for kind in ("png", "pdf"))
     assert list(pd.read_csv(sweep / "results.csv")["l0"]) == list(load_results(sweep)["l0"])
 
@@ -351,15 +351,7 @@ def test_before_there_is_an_evaluation_the_rest_is_written(tmp_path: Path, capsy
     row = {"step": 9, "tokens": 18_432, "train/loss": 0.5, "eval/l0": 0.0, "eval/explained_variance": 0.0}
     (folder / "metrics.jsonl").write_text(json.dumps(row | {"eval/ce_recovered": 0.0}) + "\n")
     results.main([str(tmp_path / "tiny-1")])
-    assert capsys.readouterr().out.endswith("dead.png, .pdf\n")
-
-
-def test_one_sweep_of_several_is_written_into_its_folder(tmp_path: Path) -> None:
-    for name in ("tiny-1", "tiny-2"):
-        write_sae(tmp_path / name, Config(), evaluation(30.0))
-    results.main([str(tmp_path), "--group", "tiny-2"])
-    assert (tmp_path / "tiny-2" / "results.csv").is_file() and (tmp_path / "tiny-2" / "pareto.png").is_file()
-    assert not (tmp_path / "results.csv").exists() and not (tmp_path / "tiny-1" / "results.csv").exists()
+    assert capsys.readouterr().out.endswith("training.png, .pdf\n")
 
 
 def test_command_line_user_error_is_one_line(tmp_path: Path) -> None:
