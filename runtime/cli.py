@@ -12,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
-import docstring_parser
 import shtab
 import yaml
+from docstring_parser import parse_from_object
 
 from config import GROUPS, HINTS, SWEEPS, Config, unused_by
 from runtime.checks import choices, explained, kind_of, near, require
 
 DEFAULT_SWEEP = "tiny"
+HELP = {param.arg_name: param.description for group in GROUPS for param in parse_from_object(group).params}
 WIDTH, INDENTED = 80, dict(initial_indent="    ", subsequent_indent="    ")
 DESCRIPTION = """Train sparse dictionaries on a transformer's activations.
 
@@ -154,11 +155,10 @@ def _parser(sweep: str) -> Parser:
     cfgs = SWEEPS[sweep]()
     for group in GROUPS:
         add = parser.add_argument_group(group.__doc__).add_argument
-        for param in docstring_parser.parse_from_object(group).params:
-            name = param.arg_name
+        for name in group.__annotations__:
             used = [cfg for cfg in cfgs if name not in unused_by(cfg.sae_type)] or cfgs
             default = ", ".join(dict.fromkeys(written(getattr(cfg, name)) for cfg in used))
-            text = f"{param.description} (default: {default})".replace("%", "%%")
+            text = f"{HELP[name]} (default: {default})".replace("%", "%%")
             add(_option(name), nargs="*", metavar=_metavar(name), help=text)
     return parser
 

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 install_import_hook(["kernels", "sae"], "beartype.beartype")
 torch.set_num_threads(1)  # more make tensors as small as these slower, above all where the cores have other work
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the programs that tests run
 
 LONGEST = ("test_ranks", "test_resume", "test_main", "test_notebooks", "test_training")
 END_OF_TEXT = "<|endoftext|>"

@@ -92,7 +92,7 @@ def test_killed_at_any_line_a_checkpoint_is_whole_or_not_there(
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # it is slow, and who is killed keeps the power
     kills, gaps, replaced = 0, 0, 0
-    for line in range(1, 1000, 1 if existing else 5):
+    for line in range(1, 1000, 2 if existing else 5):
         parent = tmp_path / "sweep" / f"killed-at-{line}"
         parent.mkdir(parents=True)
         (parent / "config.json").write_text(json.dumps(Config().to_dict()))
