@@ -1,8 +1,8 @@
 """Turn runs and checkpoints into tables, figures and pages of latents.
 
-python results.py runs/<sweep>             the table, and beside it .csv and figures
-python results.py wandb:entity/project     the same, in the current folder; or one sweep, entity/project/<sweep>
-python results.py dashboard <checkpoint>   a page with the latents of an SAE
+python results.py runs/<sweep>            the table, its .csv and figures
+python results.py wandb:entity/project    the same, in the current folder
+python results.py dashboard <checkpoint>  a page with the latents of an SAE
 """
 
 import math
@@ -181,7 +181,7 @@ def main(words: list[str]) -> None:
 
 def table_parser() -> Parser:
     parser = Parser(prog="results.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", help="folder of one SAE, a sweep or many; or wandb:...")
+    parser.add_argument("source", metavar="SOURCE", help="a folder of one or many, or wandb:entity/project[/sweep]")
     return parser
 
 
