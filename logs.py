@@ -117,6 +117,7 @@ class RunLog:
         return runs
 
     def _begin_run(self, cfg: Config, run_id: str | None, mode: str) -> Run:
+        seconds = WANDB_SECONDS / len(self._folders)
         return wandb.init(
             project=cfg.wandb_project,
             name=cfg.name,
@@ -128,11 +129,7 @@ class RunLog:
             dir=self.folder,
             reinit="create_new",
             settings=wandb.Settings(
-                silent=True,
-                disable_git=True,
-                console="off",
-                finish_timeout_raises=True,
-                finish_timeout=WANDB_SECONDS / len(self._folders),
+                silent=True, disable_git=True, console="off", finish_timeout=seconds, finish_timeout_raises=True
             ),
         )
 

@@ -90,9 +90,9 @@ def _sae_folders(root: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def _wandb_rows(source: str) -> list[dict]:
-    match = re.fullmatch("wandb:([^/]+/[^/]+)(/[^/]+)?", source)
+    match = re.fullmatch("wandb:([^/]+/[^/]+)(?:/([^/]+))?", source)
     require(match, f'{source}: give "wandb:entity/project", or "wandb:entity/project/sweep"')
-    filters = {"group": match[2][1:]} if match[2] else {}
+    filters = {"group": match[2]} if match[2] else {}
     runs = wandb.Api().runs(match[1], filters=filters, lazy=False)  # lazy would make a request for every run
     return [_row(r.group or "", r.name, r.config, r.summary_metrics, None, f"{source}, run {r.name}") for r in runs]
 
@@ -181,7 +181,7 @@ def main(words: list[str]) -> None:
 
 def table_parser() -> Parser:
     parser = Parser(prog="results.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", help="a folder of one or many, or wandb:entity/project[/sweep]")
+    parser.add_argument("source", metavar="SOURCE", help="folder of SAEs, or wandb:entity/project[/sweep]")
     return parser
 
 

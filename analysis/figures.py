@@ -87,9 +87,9 @@ def plot_training(df: pd.DataFrame, history: pd.DataFrame) -> Figure:
     history: rows of run, name, tokens and metrics, as results.load_history gives them. Lines are training batches, dots
     held-out text. Explained variance below 0 is not shown. Raises ValueError when no SAE of the table has a row.
     """
-    metrics = {"loss": "Loss", "explained_variance": "Expl. variance", "l0": "L0", "dead_share": "Dead latents"}
-    if not (history.filter(like="/dead_share") > 0).any(axis=None):
-        del metrics["dead_share"]
+    metrics = {"loss": "Loss", "explained_variance": "Expl. variance", "l0": "L0"}
+    if (history.filter(like="/dead_share") > 0).any(axis=None):
+        metrics["dead_share"] = "Dead latents"
     figure = _over_training(df, history, metrics)
     rows = np.reshape(figure.axes, (len(metrics) + 1, -1))[:-1]  # without the legends
     (loss, *_), (variance, *_), (l0, *_), *dead = rows

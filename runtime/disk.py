@@ -24,15 +24,17 @@ def write_durably(path: str | Path, data: bytes | Callable[[Path], object]) -> N
     """Make the file or folder `path`, and the folders above it, in place of the file or folder that is there.
 
     data: a file's bytes; or a function that makes the file or folder at the path it is given.
-    It is written under a hidden name beside `path`, flushed to the disk and renamed: nobody sees a part of it, and when
-    the write fails `path` is as it was. No file system puts a folder over another, so the old one gets a hidden name
-    first. Raises: OSError with the path and the bytes free, when the disk, a quota or a limit has no room.
+    It is written under a hidden name beside `path`, flushed and renamed: nobody sees a part of it, and when the write
+    fails `path` is as it was. An old folder is moved to a hidden name first, and moved back by the next write if a kill
+    came between. Raises: OSError with the path and the bytes free, when the disk, a quota or a limit has no room.
     """
     path = Path(path)
     write = data if callable(data) else lambda file: file.write_bytes(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     writing, replaced = (path.with_name(f".{path.name}.{role}") for role in ("writing", "replaced"))
     _remove(writing)
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
     remedy = f"{shutil.disk_usage(path.parent).free:,} bytes are free there; make room, or raise a quota or limit"
     with contextlib.ExitStack() as cleaning, explained(f"{path}: not written", *ERRORS, remedy=remedy, raised=OSError):
         cleaning.callback(_remove, writing)
@@ -42,6 +44,7 @@ def write_durably(path: str | Path, data: bytes | Callable[[Path], object]) -> N
         if writing.is_dir() and path.is_dir():
             _remove(replaced)
             path.rename(replaced)
+            cleaning.callback(lambda: path.exists() or replaced.rename(path))
         writing.replace(path)
         flush(path.parent)
         _remove(replaced)

@@ -1,6 +1,6 @@
 """Read data sets as documents. A data set is a Hub name or local files, which `datasets` streams.
 
-Its rows are documents, of text or of tokens. One in ten is held out for evaluation, chosen by a hash of its content.
+Its rows are documents, of text or of tokens. One in ten is held out for evaluation, by a hash that no seed changes.
 """
 
 import glob

@@ -154,6 +154,7 @@ def test_a_file_is_as_its_options(parsed: Callable, text: str) -> None:
     options = parsed(text, "gpt2")
     assert options.cfgs == cli.parse(["gpt2", *words]).cfgs and len(options.cfgs) == 8
     assert {cfg.top_k for cfg in options.cfgs} == {4, 8} and {cfg.lr for cfg in options.cfgs} == {0.001}
+    assert {type(number) for cfg in options.cfgs for number in (cfg.top_k, cfg.num_tokens)} == {int}
 
 
 @pytest.mark.parametrize("word, name, value", [

@@ -1,5 +1,6 @@
 """Files and checkpoints written by processes that are killed at every line, and on a full disk."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -92,7 +93,7 @@ def test_killed_at_any_line_a_checkpoint_is_whole_or_not_there(
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # it is slow, and who is killed keeps the power
     kills, gaps, replaced = 0, 0, 0
-    for line in range(1, 1000, 2 if existing else 5):
+    for line in range(1, 1000, 1 if existing else 5):
         parent = tmp_path / "sweep" / f"killed-at-{line}"
         parent.mkdir(parents=True)
         (parent / "config.json").write_text(json.dumps(Config().to_dict()))
@@ -132,6 +133,26 @@ def test_a_file_killed_at_any_line_is_the_old_or_the_new(tmp_path: Path) -> None
         if code == 0:
             break
     assert len(found) > 10 and found == sorted(found, reverse=True) and set(found) == {b"old", b"new"}
+
+
+def test_a_rename_that_fails_puts_the_old_checkpoint_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Path, target: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    save_checkpoint(sae(1), tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            save_checkpoint(sae(2), tmp_path / "c")
+    assert os.listdir(tmp_path) == ["c"] and seed_of(tmp_path / "c") == 1
+
+
+def test_a_write_that_fails_after_one_that_was_killed_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    """The killed one had moved it away, and had not put the new one in its place."""
+    save_checkpoint(sae(1), tmp_path / ".c.replaced")
+    with pytest.raises(ZeroDivisionError):
+        write_durably(tmp_path / "c", lambda folder: 1 / 0)
+    assert os.listdir(tmp_path) == ["c"] and seed_of(tmp_path / "c") == 1
 
 
 def test_a_file_is_made_with_its_folders_and_replaced(tmp_path: Path) -> None:

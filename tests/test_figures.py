@@ -285,7 +285,7 @@ def test_nothing_overlaps(count: int, new_types: int, monkeypatch: pytest.Monkey
         monkeypatch.setitem(TYPES, f"new{i}", SaeType("New", "#000000", "top_k", "k", ("top_k",), "topk"))
     df = many(count)
     values = [np.linspace(0.01, 0.9, 50)] * count
-    for figure in (plot_training(df, history_of(df)), plot_density(df, values)):
+    for figure in (plot_training(df, history_of(df)), plot_cosines(df, values), plot_density(df, values)):
         figure.draw_without_rendering()
         boxes = [axes.get_legend().get_window_extent() for axes in figure.axes if not axes.axison]
         boxes += [legend.get_window_extent() for legend in figure.legends]
