@@ -11,16 +11,16 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from language_model import Model, ordinary_positions, record, replacing
+from kernels import sparse
+from language_model import Model, ordinary_positions, replacing
 from runtime import ranks
 from runtime.checks import require
 from sae import BaseAutoencoder, SAEOutput
 
-MAX_LOGITS = 1 << 26  # in one forward pass: 256 MB of float32
+MAX_LOGITS, MAX_LOGITS_ON_GPU = 1 << 22, 1 << 26  # in one forward pass; fresh memory costs a CPU page faults
 
 
 class Rows(NamedTuple):
@@ -32,11 +32,22 @@ class Rows(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """The model's log-probabilities of the next tokens, as it is and with something else for its activations."""
+    """What the model predicts with something else for its activations, beside what it predicts as it is."""
 
     targets: Int[Tensor, "prediction"]
-    log_p: Float[Tensor, "prediction vocab"]
-    log_q: Float[Tensor, "prediction vocab"]
+    p: Float[Tensor, "prediction vocab"]  # as it is
+    entropy: Float[Tensor, "prediction"]  # of p
+    logits: Float[Tensor, "prediction vocab"]
+    log_z: Float[Tensor, "prediction"]  # of these: the logarithm of the sum of their exponentials
+
+    @classmethod
+    def of(cls, targets: Tensor, logits: Tensor, clean: "Predictions | None" = None) -> "Predictions":
+        """Compare with `clean`; without it these are the predictions of the model as it is."""
+        log_z = logits.logsumexp(dim=-1)
+        if clean is not None:
+            return cls(targets, clean.p, clean.entropy, logits, log_z)
+        p = (logits - log_z[:, None]).exp_()
+        return cls(targets, p, log_z - torch.linalg.vecdot(p, logits), logits, log_z)
 
 
 # ---- averages over rows ----
@@ -74,12 +85,12 @@ def _power(seen: Rows) -> Tensor:
 
 def ce(seen: Predictions) -> Tensor:
     """Measure the cross-entropy of the next token with the SAE's reconstructions in the model."""
-    return F.nll_loss(seen.log_q, seen.targets)
+    return (seen.log_z - seen.logits.gather(1, seen.targets[:, None]).squeeze(1)).mean()
 
 
 def kl(seen: Predictions) -> Tensor:
     """Measure how far the spliced model's prediction is from the clean one's: KL(clean || spliced)."""
-    return (seen.log_p.exp() * (seen.log_p - seen.log_q)).sum(dim=-1).mean()
+    return (seen.log_z - torch.linalg.vecdot(seen.p, seen.logits) - seen.entropy).mean()
 
 
 # ---- derived from averages ----
@@ -206,26 +217,32 @@ def evaluate(
                 continue
             targets = batch[:, 1:][counted]
 
-            def log_probabilities(
+            def predict(
                 rows: Tensor | None, batch: Tensor = batch, replaced: Tensor = replaced, counted: Tensor = counted
-            ) -> Float[Tensor, "prediction vocab"]:
-                """Predict with these rows for the activations at the ordinary positions."""
-                by_hook = {} if rows is None else {hook: lambda acts: acts.index_put((replaced,), rows.to(acts))}
-                with replacing(model, by_hook):
-                    logits = model(batch, return_type="logits")
-                return logits[:, :-1][counted].float().log_softmax(dim=-1)
+            ) -> tuple[Float[Tensor, "prediction vocab"], Float[Tensor, "row act_size"]]:
+                """Predict with these rows for the activations at ordinary positions; return those there were, too."""
+                found = torch.empty(0)
 
-            x = record(model, batch, [hook])[hook][replaced].float()
-            log_p = log_probabilities(None)
+                def change(acts: Tensor) -> Tensor:
+                    nonlocal found
+                    found = acts[replaced]
+                    return acts if rows is None else acts.index_put((replaced,), rows.to(acts))
+
+                with replacing(model, {hook: change}):
+                    logits = model(batch, return_type="logits")
+                return logits[:, :-1][counted].float(), found.float()
+
+            logits, x = predict(None)
+            clean = Predictions.of(targets, logits)
             of_text.add(OF_ACTIVATIONS, Rows(saes[0], x, None), len(x))
-            of_text.add_value("ce_clean", F.nll_loss(log_p, targets), len(targets))
+            of_text.add_value("ce_clean", ce(clean), len(targets))
             for name, rows in (("ce_zero", torch.zeros_like(x)), ("ce_mean", mean.expand_as(x))):
-                of_text.add_value(name, F.nll_loss(log_probabilities(rows), targets), len(targets))
+                of_text.add_value(name, ce(Predictions.of(targets, predict(rows)[0], clean)), len(targets))
             for sae, averages in zip(saes, of_saes):
                 out = sae(x.to(sae.W_dec.device))
                 averages.add(OF_ROWS, Rows(sae, x.to(sae.W_dec.device), out), len(x))
-                log_q = log_probabilities(out.sae_out.to(x.device))
-                averages.add(OF_PREDICTIONS, Predictions(targets, log_p, log_q), len(targets))
+                spliced = Predictions.of(targets, predict(out.sae_out.to(x.device))[0], clean)
+                averages.add(OF_PREDICTIONS, spliced, len(targets))
     means = of_text.means()
     return [_finish(sae, means | averages.means(), DERIVED) for sae, averages in zip(saes, of_saes)]
 
@@ -242,4 +259,5 @@ def check_tokens(model: Model, tokens: Tensor) -> None:
 
 def batches(tokens: Int[Tensor, "window pos"], width: int) -> Iterator[Int[Tensor, "window pos"]]:
     """Split windows into batches of at most MAX_LOGITS numbers, `width` of them at each position."""
-    yield from tokens.split(max(1, MAX_LOGITS // (tokens.shape[1] * width)))
+    most = MAX_LOGITS_ON_GPU if sparse.on_gpu(tokens) else MAX_LOGITS
+    yield from tokens.split(max(1, most // (tokens.shape[1] * width)))

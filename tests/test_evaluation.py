@@ -107,9 +107,13 @@ def test_metrics_of_rows(dtype: torch.dtype, sparse: bool) -> None:
 
 
 def test_metrics_of_predictions() -> None:
-    """Where the next token is 1, with probabilities 1/4 and 1/2 in place of 1/2 and 1/2."""
-    log_p, log_q = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()
-    seen = Predictions(torch.tensor([1, 1]), log_p, log_q)
+    """Where the next token is 1, with probabilities 1/4 and 1/2 in place of 1/2 and 1/2; logits are up to a constant."""
+    p, q = torch.tensor([[0.5, 0.5], [0.5, 0.5]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    targets = torch.tensor([1, 1])
+    clean = Predictions.of(targets, p.log() + 3)
+    seen = Predictions.of(targets, q.log() - 2, clean)
+    assert evaluation.ce(clean).item() == pytest.approx(math.log(2))
+    assert evaluation.kl(clean).item() == pytest.approx(0, abs=1e-6)
     assert evaluation.ce(seen).item() == pytest.approx((math.log(4) + math.log(2)) / 2)
     assert evaluation.kl(seen).item() == pytest.approx((math.log(2 / 3) + math.log(2)) / 4)
 
