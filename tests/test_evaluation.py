@@ -107,7 +107,7 @@ def test_metrics_of_rows(dtype: torch.dtype, sparse: bool) -> None:
 
 
 def test_metrics_of_predictions() -> None:
-    """Where the next token is 1, with probabilities 1/4 and 1/2 in place of 1/2 and 1/2; logits are up to a constant."""
+    """Where the next token is 1, with probabilities 1/4 and 1/2 in place of 1/2 and 1/2."""
     p, q = torch.tensor([[0.5, 0.5], [0.5, 0.5]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
     targets = torch.tensor([1, 1])
     clean = Predictions.of(targets, p.log() + 3)
