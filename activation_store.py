@@ -40,7 +40,7 @@ class ActivationsStore:
 
     A row is one token: its activations at every hook stand at the same place. The buffers hold num_batches_in_buffer
     batches of the model. Once half of them has been read, that half is refilled and the unread rows of old and new are
-    shuffled together. Deterministic in the seed; a store made with the `state` of another goes on from where it stood.
+    shuffled together. Deterministic in cfg.text_seed; a store made with the `state` of another goes on from where it stood.
     cfgs: of one stream (Config.stream), with their act_size. Raises ValueError when the buffers do not fit into memory.
     """
 
@@ -55,7 +55,7 @@ class ActivationsStore:
         check_buffer(cfg, self.capacity, sum(widths.values()) * dtype.itemsize)
         make = dict(dtype=dtype, device=self._device)
         self._buffers = {hook: torch.empty(self.capacity, width, **make) for hook, width in widths.items()}
-        self._rng = torch.Generator().manual_seed(cfg.seed)
+        self._rng = torch.Generator().manual_seed(cfg.text_seed)
         if state is None:
             # Slots in the order they are served; those before _served are free.
             self._order = torch.arange(self.capacity, device=self._device)

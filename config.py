@@ -80,8 +80,8 @@ class Stream:
     """Width of the activations; found from the model and the site when not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the language model and the activation buffer. The SAE's own numbers are float32."""
-    seed: checks.Natural = 0
-    """Seed of the initial weights, of the order of the text and of the shuffling of the activations."""
+    text_seed: checks.Natural = 0
+    """Seed of the order of the text and of the shuffling of the activations."""
     num_tokens: checks.Positive = 1_000_000
     """Activations to train on."""
     batch_size: checks.Positive = 2048
@@ -114,6 +114,8 @@ class Dictionary:
     """A latent is dead once it has not fired for this many tokens; 10 million, or half a shorter run, by default."""
     product_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder product. Weights, losses and Adam stay in float32."""
+    seed: checks.Natural = 0
+    """Seed of the initial weights. Several seeds share one pass of the language model."""
     input_unit_norm: bool = True
     """Normalise every token's activations to mean 0 and standard deviation 1; the output is mapped back."""
 

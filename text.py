@@ -134,7 +134,7 @@ class TextStream:
 
     def __init__(self, cfg: Config, tokenizer: PreTrainedTokenizerBase, position: TextPosition | None = None) -> None:
         self._cfg, self._tokenizer, self._said = cfg, tokenizer, f"dataset_path = {cfg.dataset_path!r}:"
-        documents = load_documents(cfg.dataset_path, cfg.dataset_name, held_out=False, seed=cfg.seed)
+        documents = load_documents(cfg.dataset_path, cfg.dataset_name, held_out=False, seed=cfg.text_seed)
         strategy = "examples" if local_files(cfg.dataset_path) else "auto"  # a share of a few files could be very small
         self._documents = split_dataset_by_node(documents, ranks.rank(), ranks.count(), strategy)
         self._pool_size = max(1, MIXED_TOKENS // cfg.seq_len)
@@ -157,7 +157,7 @@ class TextStream:
     def _begin(self, epoch: int) -> None:
         self._documents.set_epoch(epoch)
         self._unread: Iterator[dict] | None = None  # to be started from the position
-        self._at = TextPosition(epoch, random.Random(f"{self._cfg.seed} {epoch}"))
+        self._at = TextPosition(epoch, random.Random(f"{self._cfg.text_seed} {epoch}"))
 
     def _next(self) -> Int[Tensor, "seq_len"]:
         while True:

@@ -124,7 +124,7 @@ def places(rows: Tensor) -> Counter:
 
 
 def expected_windows(cfg: Config, lm: SimpleNamespace | TransformerBridge, *, held_out: bool, epoch: int = 0) -> Tensor:
-    documents = text.load_documents(cfg.dataset_path, held_out=held_out, seed=0 if held_out else cfg.seed)
+    documents = text.load_documents(cfg.dataset_path, held_out=held_out, seed=0 if held_out else cfg.text_seed)
     documents.set_epoch(epoch)
     return torch.stack(list(text.token_windows(documents, lm.tokenizer, cfg.seq_len)))
 
@@ -208,7 +208,7 @@ def test_seed_decides_the_text_and_the_shuffling(
     streams = []
     for seed in (0, 0, 1):
         reads.clear()
-        rows = serve(ActivationsStore(lm, [config(tmp_path, seed=seed)]), 20)
+        rows = serve(ActivationsStore(lm, [config(tmp_path, text_seed=seed)]), 20)
         streams.append((rows, torch.cat(reads)[:100]))
     (rows, windows), (same_rows, same_windows), (other_rows, other_windows) = streams
     assert torch.equal(rows, same_rows) and torch.equal(windows, same_windows)
@@ -338,7 +338,7 @@ def test_held_out_text_is_never_trained_on_and_always_the_same(
 
 
 def test_held_out_windows_are_a_sample_of_the_first_whatever_the_seed(make: Callable, lm: SimpleNamespace) -> None:
-    stores = [make(seed=seed) for seed in (0, 1)]
+    stores = [make(text_seed=seed) for seed in (0, 1)]
     samples = [held_out_windows(store.cfg, lm.tokenizer, 3, choice=2).tolist() for store in stores]
     first = expected_windows(stores[0].cfg, lm, held_out=True)[:6].tolist()
     assert samples[0] == samples[1] and len(samples[0]) == 3

@@ -220,21 +220,21 @@ def dry(
 
 
 def test_a_dry_run_tells_configs_and_sizes(dry: Callable[..., str]) -> None:
-    args = ["--lr", "0.001", "0.01", "--sae-type", "topk", "jumprelu", "--seed", "0", "1"]
+    args = ["--lr", "0.001", "0.01", "--sae-type", "topk", "jumprelu", "--text-seed", "0", "1"]
     configs, common, *groups = dry(*args).split("\n\n")
     cfgs = [language_model.check_model(cfg) for cfg in cli.parse([*SMALL, *args]).cfgs]  # the name has the width
     lines = [" ".join(line.split()) for line in re.split(r"\n(?! )", configs)]
     jumprelu = "l1_coeff {0.l1_coeff}, bandwidth 0.03, threshold_init 0.05, "
     for cfg, line in zip(cfgs, lines, strict=True):
         own = jumprelu.format(cfg) if cfg.sae_type == "jumprelu" else ""
-        assert line == f"{cfg.name} seed {cfg.seed}, sae_type {cfg.sae_type}, {own}lr {cfg.lr}"
+        assert line == f"{cfg.name} text_seed {cfg.text_seed}, sae_type {cfg.sae_type}, {own}lr {cfg.lr}"
     common = " ".join(common.split())
     assert common.startswith("in each of them model_name tiny-gpt2, layer 1, ") and ", dict_size 64, " in common
 
-    assert len(groups) == 2  # a stream for each seed
+    assert len(groups) == 2  # a stream for each text_seed
     model = GPT2LMHeadModel.from_pretrained("tiny-gpt2").num_parameters()
     for seed, group in enumerate(groups):
-        own = [cfg for cfg in cfgs if cfg.seed == seed]
+        own = [cfg for cfg in cfgs if cfg.text_seed == seed]
         each = [sum(p.numel() for p in build_sae(cfg).parameters()) for cfg in own]
         assert group.startswith(f"{len(own)} SAEs on tiny-gpt2 blocks.1.hook_resid_pre, 3,840 activations\n")
         assert f"{sum(each):,} in the SAEs, {min(each):,} to {max(each):,} in each\n" in group

@@ -13,9 +13,9 @@ from runtime.checks import checked, choices
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 CHANGED = dict(
     model_name="gpt2", layer=1, site="mlp_out", dataset_path="corpus.txt", dataset_name="sample-10BT", seq_len=64,
-    model_batch_size=16, num_batches_in_buffer=8, act_size=256, dtype="bfloat16", seed=1, num_tokens=500_000,
+    model_batch_size=16, num_batches_in_buffer=8, act_size=256, dtype="bfloat16", text_seed=1, num_tokens=500_000,
     batch_size=1024, sae_type="vanilla", dict_size=1024, top_k=16, l1_coeff=0.1, bandwidth=0.01, threshold_init=0.01,
-    prefixes=(0.5, 1.0), top_k_aux=128, aux_penalty=0.1, dead_after_tokens=1000, product_dtype="bfloat16",
+    prefixes=(0.5, 1.0), top_k_aux=128, aux_penalty=0.1, dead_after_tokens=1000, product_dtype="bfloat16", seed=1,
     input_unit_norm=False, lr=1e-3,
     beta1=0.8, beta2=0.999, max_grad_norm=2.0, lr_warmup=0.1, lr_decay=0.1, sparsity_warmup=0.2, device="cuda:1",
     wandb_project="other", wandb_mode="disabled", log_freq=10, perf_log_freq=10, eval_windows=8, checkpoint_freq=10,
@@ -34,7 +34,7 @@ UNUSED = {
 }
 STREAM = {
     "model_name", "layer", "site", "dataset_path", "dataset_name", "seq_len", "model_batch_size",
-    "num_batches_in_buffer", "act_size", "dtype", "seed", "num_tokens", "batch_size", "device",
+    "num_batches_in_buffer", "act_size", "dtype", "text_seed", "num_tokens", "batch_size", "device",
 }  # fmt: skip
 
 

@@ -88,14 +88,14 @@ def test_a_miniature_sweep_end_to_end(here: Path) -> None:
 
 
 def test_saes_of_different_streams_share_a_table_but_no_pass(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--num-tokens=640", "--seed", "0", "1", "--sae-type", "topk", "batchtopk", "--wandb-mode=disabled"]
+    more = ["--num-tokens=640", "--text-seed", "0", "1", "--sae-type", "topk", "batchtopk", "--wandb-mode=disabled"]
     assert main.main([*SMALL, *more, "--output-dir=elsewhere"]) == 0
     out, err = capsys.readouterr()
     assert out.count("2 SAEs on tiny-gpt2 blocks.1.hook_resid_pre, 640 activations\n") == 2 and err == ""
     assert "W&B" not in out
     (folder,) = Path("elsewhere").iterdir()
     df = load_results(folder)
-    assert sorted(zip(df["sae_type"], df["seed"])) == [(t, s) for t in ("batchtopk", "topk") for s in (0, 1)]
+    assert sorted(zip(df["sae_type"], df["text_seed"])) == [(t, s) for t in ("batchtopk", "topk") for s in (0, 1)]
     assert not (folder / "wandb").exists()
 
 

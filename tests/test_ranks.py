@@ -21,7 +21,7 @@ from sae import SAE_TYPES
 
 ForkAll = Callable[..., list[dict]]
 Place = Callable[[], Path]
-SMALL = [*SWEEP, "--sae-type", "batchtopk", "jumprelu", "--seed=0", "--num-tokens=7680"]
+SMALL = [*SWEEP, "--sae-type", "batchtopk", "jumprelu", "--text-seed=0", "--num-tokens=7680"]
 GONE = "another process of this run is gone ("
 
 
@@ -233,7 +233,7 @@ def test_saes_shared_out_end_as_those_of_one_process(fork_all: ForkAll, place: P
 
 def test_saes_of_many_streams_are_shared_out_too(fork_all: ForkAll, place: Place) -> None:
     cwd = place()
-    args = [*SWEEP, "--sae-type=topk", "--share=saes", "--num-tokens=640"]  # seeds 0 and 1: two streams
+    args = [*SWEEP, "--sae-type=topk", "--share=saes", "--num-tokens=640"]  # text seeds 0 and 1: two streams
     together(fork_all, *args, processes=2, cwd=cwd)
     assert {path.name for path in sweep_folder(cwd).glob("resume*")} == {
         "resume-team-1.safetensors",
