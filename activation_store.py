@@ -31,8 +31,6 @@ class _Progress:
 
     text: TextPosition | None  # None before the first batch of windows
     spill: dict[str, Tensor]  # by hook, [rows, act_size] that found no slot yet
-    row_sum: dict[str, Tensor]  # by hook, [act_size], of all rows so far
-    rows: int
 
 
 class ActivationsStore:
@@ -40,7 +38,7 @@ class ActivationsStore:
 
     A row is one token: its activations at every hook stand at the same place. The buffers hold num_batches_in_buffer
     batches of the model. Once half of them has been read, that half is refilled and the unread rows of old and new are
-    shuffled together. Deterministic in cfg.text_seed; a store made with the `state` of another goes on from where it stood.
+    shuffled together. Deterministic in cfg.text_seed; a store made with the `state` of another goes on from there.
     cfgs: of one stream (Config.stream), with their act_size. Raises ValueError when the buffers do not fit into memory.
     """
 
@@ -60,8 +58,7 @@ class ActivationsStore:
             # Slots in the order they are served; those before _served are free.
             self._order = torch.arange(self.capacity, device=self._device)
             self._served = self.capacity
-            zeros = {h: torch.zeros(w, dtype=torch.float64, device=self._device) for h, w in widths.items()}
-            self._progress = _Progress(None, {h: b[:0] for h, b in self._buffers.items()}, zeros, 0)
+            self._progress = _Progress(None, {hook: buffer[:0] for hook, buffer in self._buffers.items()})
         else:
             self._load(state)
         self._stream, self._ready = TextStream(cfg, model.tokenizer, self._progress.text), deque[Future]()
@@ -95,7 +92,6 @@ class ActivationsStore:
             "rng": self._rng.get_state(),
             "text": progress.text.to_state(),
             "spill": {hook: rows.cpu() for hook, rows in progress.spill.items()},
-            "row_sum": {hook: total.cpu() for hook, total in progress.row_sum.items()},
         }
 
     def _unread(self, buffer: Float[Tensor, "capacity act_size"]) -> Float[Tensor, "rows act_size"]:
@@ -112,14 +108,8 @@ class ActivationsStore:
             slots = self._order[self._served :].split(COPIED_ROWS)
             for some, rows in zip(slots, unread.split(COPIED_ROWS)):
                 self._buffers[hook][some] = rows.to(self._device)
-        spill, row_sum = ({h: t.to(self._device) for h, t in state[name].items()} for name in ("spill", "row_sum"))
-        self._progress = _Progress(TextPosition.from_state(state["text"]), spill, row_sum, state["rows"])
-
-    @property
-    def mean(self) -> dict[str, Float[Tensor, "act_size"]]:
-        """Mean of all training activations so far, by hook, of all processes that share batches: each must ask."""
-        rows = ranks.mean(torch.tensor(float(self._progress.rows), dtype=torch.float64, device=self._device))
-        return {hook: (ranks.mean(total) / rows).float() for hook, total in self._progress.row_sum.items()}
+        spill = {hook: rows.to(self._device) for hook, rows in state["spill"].items()}
+        self._progress = _Progress(TextPosition.from_state(state["text"]), spill)
 
     def held_out_tokens(self) -> Int[Tensor, "window pos"]:
         """Choose cfg.eval_windows windows of the held-out text; see `held_out_windows`."""
@@ -131,7 +121,7 @@ class ActivationsStore:
         filled, progress = 0, self._progress
         while filled < len(free):
             if progress.text is None or not len(next(iter(progress.spill.values()))):
-                progress = self._new_rows(progress)
+                progress = self._new_rows()
             slots = free[filled : filled + len(next(iter(progress.spill.values())))]
             for hook, rows in progress.spill.items():
                 self._buffers[hook][slots] = rows[: len(slots)]
@@ -141,7 +131,7 @@ class ActivationsStore:
         self._order = send(torch.randperm(self.capacity, generator=self._rng), self._device)
         self._served, self._progress = 0, progress
 
-    def _new_rows(self, progress: _Progress) -> _Progress:
+    def _new_rows(self) -> _Progress:
         """Read one more batch of windows: its activations at ordinary positions are the new spill."""
         while len(self._ready) <= PREFETCHED:
             self._ready.append(self._thread.submit(_read, self._stream, self.cfg.model_batch_size))
@@ -153,13 +143,7 @@ class ActivationsStore:
         with explained(problem, torch.OutOfMemoryError, remedy=lower):
             acts = record(self.model, send(tokens, self._device), list(self._buffers))
         kept = send(kept, self._device)
-        rows = {hook: acts[hook].flatten(0, 1)[kept] for hook in self._buffers}
-        return _Progress(
-            text=position,
-            spill=rows,
-            row_sum={hook: progress.row_sum[hook] + r.sum(dim=0, dtype=torch.float64) for hook, r in rows.items()},
-            rows=progress.rows + len(kept),
-        )
+        return _Progress(position, {hook: acts[hook].flatten(0, 1)[kept] for hook in self._buffers})
 
 
 def _read(stream: TextStream, windows: int) -> tuple[Int[Tensor, "window pos"], TextPosition]:

@@ -26,23 +26,19 @@ class SaeType(NamedTuple):
 
     label: str
     colour: str  # of its lines, from Okabe and Ito's palette for colour-blind eyes
-    sparsity: str  # the field of Config that sets its L0
-    symbol: str  # of that field, in tables and names
     fields: tuple[str, ...]  # of Config, that it uses and some other type does not
     sae_lens: str  # the architecture as which SAELens opens its checkpoints
     sae_lens_fields: tuple[tuple[str, str], ...] = ()  # SAELens' name of a further field, and ours
 
 
-_AUXK = ("top_k", "top_k_aux", "aux_penalty")
+_AUXK = ("top_k_aux", "aux_penalty")
 _PENALTY = ("l1_coeff", "sparsity_warmup")
 TYPES = {
-    "vanilla": SaeType("Vanilla", "#CC79A7", "l1_coeff", "l1", _PENALTY, "standard"),
-    "topk": SaeType("TopK", "#0072B2", "top_k", "k", _AUXK, "topk", (("k", "top_k"),)),
-    "batchtopk": SaeType("BatchTopK", "#D55E00", "top_k", "k", _AUXK, "jumprelu"),
-    "jumprelu": SaeType(
-        "JumpReLU", "#009E73", "l1_coeff", "l1", (*_PENALTY, "bandwidth", "threshold_init"), "jumprelu"
-    ),
-    "matryoshka": SaeType("Matryoshka", "#56B4E9", "top_k", "k", (*_AUXK, "prefixes"), "jumprelu"),
+    "vanilla": SaeType("Vanilla", "#CC79A7", _PENALTY, "standard"),
+    "topk": SaeType("TopK", "#0072B2", _AUXK, "topk", (("k", "target_l0"),)),
+    "batchtopk": SaeType("BatchTopK", "#D55E00", _AUXK, "jumprelu"),
+    "jumprelu": SaeType("JumpReLU", "#009E73", (*_PENALTY, *_AUXK, "bandwidth"), "jumprelu"),
+    "matryoshka": SaeType("Matryoshka", "#56B4E9", (*_AUXK, "prefixes"), "jumprelu"),
 }  # in the order of tables and legends
 
 # Site -> hook of TransformerLens within one block.
@@ -96,39 +92,38 @@ class Dictionary:
     """How latents are chosen, and which losses are added."""
     dict_size: checks.Positive = 2048
     """Number of latents."""
-    top_k: checks.Positive = 32
-    """Latents kept per token: exactly by topk, on average by batchtopk and matryoshka."""
-    l1_coeff: checks.NonNegative = 0.0
-    """Sparsity coefficient: of the L1 norm for vanilla, of L0 for jumprelu."""
-    bandwidth: checks.PositiveReal = 0.001
-    """JumpReLU: width of the straight-through window, for activations of norm 1; scaled to the actual norm."""
-    threshold_init: checks.NonNegative = 0.001
-    """JumpReLU: threshold before training, for activations of norm 1; scaled to the actual norm."""
+    target_l0: checks.Positive = 32
+    """Latents that fire per token: exactly with topk, on average with the others, which training steers there."""
+    l1_coeff: checks.NonNegative | None = None
+    """Fixed sparsity coefficient in place of target_l0: of the L1 norm for vanilla, of L0 for jumprelu."""
+    bandwidth: checks.PositiveReal = 0.1
+    """JumpReLU: width of the straight-through window, in standard deviations of the activations."""
     prefixes: checks.Shares = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """Matryoshka: the first latents, as shares of dict_size, that must reconstruct on their own; written 0.25,0.5,1."""
-    top_k_aux: checks.Positive = 256
-    """Dead latents kept per token to explain what the live ones left over (AuxK)."""
+    top_k_aux: checks.Positive | None = None
+    """Dead latents kept per token to explain what the live ones left over (AuxK); half of act_size by default."""
     aux_penalty: checks.NonNegative = 1 / 32
     """Weight of the AuxK loss."""
     dead_after_tokens: checks.Positive | None = None
-    """A latent is dead once it has not fired for this many tokens; 10 million, or half a shorter run, by default."""
+    """Tokens without firing after which a latent is dead; by default a 300th of the run, at most 10 million."""
     product_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder product. Weights, losses and Adam stay in float32."""
     seed: checks.Natural = 0
     """Seed of the initial weights. Several seeds share one pass of the language model."""
-    input_unit_norm: bool = True
-    """Normalise every token's activations to mean 0 and standard deviation 1; the output is mapped back."""
+    input_unit_norm: bool = False
+    """Normalise every token's activations to mean 0 and standard deviation 1; the output is mapped back. Otherwise the
+    losses are measured in units of one number, the standard deviation of all activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
     """training"""
 
-    lr: checks.PositiveReal = 3e-4
-    """Peak learning rate of Adam."""
+    lr: checks.PositiveReal | None = None
+    """Peak learning rate of Adam; lower for longer runs by default."""
     beta1: checks.Decay = 0.9
     """Adam's decay of the mean gradient."""
-    beta2: checks.Decay = 0.99
+    beta2: checks.Decay = 0.999
     """Adam's decay of the mean squared gradient."""
     max_grad_norm: checks.PositiveReal = 1.0
     """Gradients with a larger L2 norm, over all parameters together, are scaled down to it."""
@@ -137,7 +132,7 @@ class Optimisation:
     lr_decay: checks.Share = 0.2
     """Share of the steps over which, at the end, the learning rate falls linearly to 0."""
     sparsity_warmup: checks.Share = 0.1
-    """Share of the steps over which l1_coeff rises linearly from 0."""
+    """Share of the steps over which a fixed l1_coeff rises linearly from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +177,7 @@ class Config(Run, Optimisation, Dictionary, Stream):
         self._require(
             "lr_decay", self.lr_warmup + self.lr_decay <= 1, f"lr_warmup is {self.lr_warmup}; at most 1 in all"
         )
-        if "top_k" in self.type.fields:
-            self._require("top_k", self.top_k <= self.dict_size, f"give at most dict_size, {self.dict_size}")
+        self._require("target_l0", self.target_l0 <= self.dict_size, f"give at most dict_size, {self.dict_size}")
         self._require("num_tokens", self.num_tokens >= self.batch_size, f"give at least a batch of {self.batch_size}")
         rows, batches = self.model_batch_size * (self.seq_len - 1), self.num_batches_in_buffer
         least = -(-2 * self.batch_size // rows)
@@ -222,8 +216,24 @@ class Config(Run, Optimisation, Dictionary, Stream):
 
     @property
     def dead_after(self) -> int:
-        """`dead_after_tokens`, or its default."""
-        return self.dead_after_tokens or min(10_000_000, self.num_tokens // 2)
+        """`dead_after_tokens`, or its default: in which a latent of average frequency fires 8 times at least."""
+        average = self.dict_size // self.target_l0
+        return self.dead_after_tokens or min(10_000_000, max(self.num_tokens // 300, 8 * average))
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, or its default: 0.01 for a run of 488 steps, less for a longer one."""
+        return self.lr or 0.01 * (488 / self.num_steps) ** (1 / 3)
+
+    @property
+    def rules(self) -> dict[str, float]:
+        """The values that rules give to fields that are None."""
+        return {"lr": float(f"{self.peak_lr:.3g}"), "dead_after_tokens": self.dead_after}
+
+    @property
+    def steers_l0(self) -> bool:
+        """Whether training steers the sparsity penalty so that target_l0 latents fire per token."""
+        return "l1_coeff" in self.type.fields and self.l1_coeff is None
 
     @property
     def num_steps(self) -> int:
@@ -261,9 +271,9 @@ def unused_by(sae_type: str) -> set[str]:
 
 
 def setting(sae: Any) -> str:
-    """Say what decides the L0 of a Config, or of a row of `results.load_results`: k=32, or l1=0.004."""
-    row = TYPES[sae.sae_type]
-    return f"{row.symbol}={getattr(sae, row.sparsity):g}"
+    """Say what decides the L0 of a Config, or of a row of `results.load_results`: L0=32, or l1=0.004."""
+    fixed = "l1_coeff" in TYPES[sae.sae_type].fields and sae.l1_coeff is not None and sae.l1_coeff == sae.l1_coeff
+    return f"l1={sae.l1_coeff:g}" if fixed else f"L0={sae.target_l0:g}"
 
 
 def by_stream(cfgs: list[Config]) -> list[list[Config]]:
@@ -279,28 +289,21 @@ def by_stream(cfgs: list[Config]) -> list[list[Config]]:
 
 def tiny_sweep() -> list[Config]:
     """Four types at three sparsity levels each, on the embedded model: minutes on a laptop."""
-    common = dict(num_tokens=400_000, batch_size=2048, log_freq=20, perf_log_freq=100)
-    jumprelu = dict(sae_type="jumprelu", lr=6e-3, bandwidth=0.03, threshold_init=0.05)
-    return [
-        *(Config(sae_type="vanilla", l1_coeff=c, lr=4e-3, **common) for c in (0.003, 0.005, 0.008)),
-        *(Config(sae_type="topk", top_k=k, lr=3e-3, **common) for k in (16, 32, 64)),
-        *(Config(sae_type="batchtopk", top_k=k, lr=3e-3, **common) for k in (16, 32, 64)),
-        *(Config(l1_coeff=c, **jumprelu, **common) for c in (0.0003, 0.003, 0.03)),
-    ]
+    common = dict(num_tokens=400_000, log_freq=20, perf_log_freq=100)
+    types = ("vanilla", "topk", "batchtopk", "jumprelu")
+    return [Config(sae_type=t, target_l0=k, **common) for t in types for k in (16, 32, 64)]
 
 
 def gpt2_sweep() -> list[Config]:
-    """GPT-2 small, layer 8 resid_pre, as in the BatchTopK paper (Bussmann et al. 2024)."""
+    """GPT-2 small, layer 8 resid_pre: the widths and sparsities of the BatchTopK paper (Bussmann et al. 2024)."""
     common = dict(
-        model_name="gpt2", layer=8, site="resid_pre", dataset_path="Skylion007/openwebtext", seq_len=128,
-        model_batch_size=256, num_batches_in_buffer=16, num_tokens=1_000_000_000, batch_size=4096, lr=3e-4,
-        max_grad_norm=1.0, top_k_aux=512, perf_log_freq=1000, log_freq=100, checkpoint_freq=10_000,
+        model_name="gpt2", layer=8, dataset_path="Skylion007/openwebtext", model_batch_size=256,
+        num_tokens=1_000_000_000, batch_size=4096, log_freq=100, checkpoint_freq=10_000,
     )  # fmt: skip
-    width, chosen = 768, ("topk", "batchtopk")
+    width, types = 768, ("topk", "batchtopk", "jumprelu")
     return [
-        *(Config(sae_type=t, dict_size=width * 16, top_k=k, **common) for t in chosen for k in (16, 32, 64)),
-        *(Config(sae_type="jumprelu", dict_size=width * 16, l1_coeff=c, **common) for c in (0.001, 0.003, 0.01)),
-        *(Config(sae_type=t, dict_size=width * n, top_k=32, **common) for t in chosen for n in (4, 8, 32)),
+        *(Config(sae_type=t, dict_size=width * 16, target_l0=k, **common) for t in types for k in (16, 32, 64)),
+        *(Config(sae_type=t, dict_size=width * n, **common) for t in types[:2] for n in (4, 8, 32)),
     ]
 
 

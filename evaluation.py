@@ -1,34 +1,45 @@
 """Pure metric functions, and the language model with an SAE's reconstructions in the place of its activations.
 
-A metric is one function here: added to a tuple below, it is accumulated over the text, logged, and a column of the
-table in results.py under its own name. Names that begin with _ are intermediate. Averages are of what an SAE makes of
-rows of activations (Rows), or of what the model then predicts (Predictions); derived metrics are made from averages.
+A metric is one function here: added to a tuple below, it is summed over the text in float64, logged, and a column of
+the table in results.py under its own name. Names that begin with _ are intermediate. A metric is a number for each row
+of activations (of Rows) or for each next token that the model predicts (of Predictions), and is averaged over all of
+them; or it is made from such averages, or from how often each latent fires (Firing).
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from config import Config
 from kernels import sparse
-from language_model import Model, ordinary_positions, replacing
+from language_model import Model, computing_once, logits_at, ordinary_positions, record, replacing
 from runtime import ranks
 from runtime.checks import require
 from sae import BaseAutoencoder, SAEOutput
 
 MAX_LOGITS, MAX_LOGITS_ON_GPU = 1 << 22, 1 << 26  # in one forward pass; fresh memory costs a CPU page faults
+DENSE = 0.1  # a latent that fires on a larger share of the rows
 
 
 class Rows(NamedTuple):
     """Some activations, and what an SAE makes of them."""
 
     sae: BaseAutoencoder
-    x: Float[Tensor, "rows act_size"]
+    x: Float[Tensor, "row act_size"]  # in float64, as are x_hat and mean
+    x_hat: Float[Tensor, "row act_size"]
+    mean: Float[Tensor, "act_size"]  # of all rows of the text
     out: SAEOutput
+
+    @classmethod
+    def of(cls, sae: BaseAutoencoder, x: Tensor, mean: Tensor, out: SAEOutput) -> "Rows":
+        """Look at them in float64."""
+        return cls(sae, x.double(), out.sae_out.double(), mean, out)
 
 
 class Predictions(NamedTuple):
@@ -37,60 +48,97 @@ class Predictions(NamedTuple):
     targets: Int[Tensor, "prediction"]
     p: Float[Tensor, "prediction vocab"]  # as it is
     entropy: Float[Tensor, "prediction"]  # of p
+    top: Int[Tensor, "prediction 1"]  # the likeliest by p
     logits: Float[Tensor, "prediction vocab"]
     log_z: Float[Tensor, "prediction"]  # of these: the logarithm of the sum of their exponentials
 
     @classmethod
     def of(cls, targets: Tensor, logits: Tensor, clean: "Predictions | None" = None) -> "Predictions":
         """Compare with `clean`; without it these are the predictions of the model as it is."""
-        log_z = logits.logsumexp(dim=-1)
+        log_z = logits.logsumexp(dim=1)
         if clean is not None:
-            return cls(targets, clean.p, clean.entropy, logits, log_z)
+            return cls(targets, clean.p, clean.entropy, clean.top, logits, log_z)
         p = (logits - log_z[:, None]).exp_()
-        return cls(targets, p, log_z - torch.linalg.vecdot(p, logits), logits, log_z)
+        return cls(targets, p, log_z - torch.linalg.vecdot(p, logits), logits.argmax(1, True), logits, log_z)
 
 
-# ---- averages over rows ----
+class Firing(NamedTuple):
+    """How often an SAE's latents fire."""
+
+    sae: BaseAutoencoder
+    density: Float[Tensor, "dict_size"]  # the share of the rows on which each fires
+    rows_by_l0: Float[Tensor, "dict_size_plus_1"]  # the number of rows on which 0, 1, 2, ... of them fire
 
 
-def l0(seen: Rows) -> Tensor:
-    """Count the latents that fire, per row."""
-    return (seen.out.latents.acts > 0).sum() / len(seen.x)
+# ---- of each row ----
 
 
-def l1(seen: Rows) -> Tensor:
-    """Sum the latents, per row."""
-    return seen.out.latents.acts.sum() / len(seen.x)
+def l0(seen: Rows) -> Float[Tensor, "row"]:
+    """Count the latents that fire."""
+    return _per_row(seen, seen.out.latents.values > 0)
 
 
-def mse(seen: Rows) -> Tensor:
-    """Average the squared error of the output, in the SAE's normalised space."""
-    return (seen.out.latents.y_hats[-1] - seen.sae.normalise(seen.x)[0]).pow(2).mean()
+def l1(seen: Rows) -> Float[Tensor, "row"]:
+    """Sum the latents, in units of the activations."""
+    return _per_row(seen, seen.out.latents.values)
+
+
+def _per_row(seen: Rows, values: Tensor) -> Tensor:
+    return torch.bincount(seen.out.latents.rows, values.double(), len(seen.x)).double()  # integers where nothing fires
+
+
+def mse(seen: Rows) -> Float[Tensor, "row"]:
+    """Average the squared error of the output over its width, in the SAE's normalised space."""
+    return (seen.out.latents.y_hats[-1] - seen.sae.normalise(seen.x)[0]).double().pow(2).mean(dim=1)
+
+
+def normalised_mse(seen: Rows) -> Float[Tensor, "row"]:
+    """Compute |x - x_hat|^2 / |x|^2 (the loss of Gao et al.'s code, openai/sparse_autoencoder)."""
+    return (seen.x - seen.x_hat).pow(2).sum(dim=1) / seen.x.pow(2).sum(dim=1)
+
+
+def cosine(seen: Rows) -> Float[Tensor, "row"]:
+    """Compute the cosine of x and x_hat."""
+    return torch.cosine_similarity(seen.x, seen.x_hat, dim=1)
+
+
+def l2_ratio(seen: Rows) -> Float[Tensor, "row"]:
+    """Compute |x_hat| / |x|: below 1 the SAE shrinks its input (SAELens' l2_ratio)."""
+    return seen.x_hat.norm(dim=1) / seen.x.norm(dim=1)
 
 
 def _squared_error(seen: Rows) -> Tensor:
-    return (seen.x - seen.out.sae_out).double().pow(2).sum() / len(seen.x)
+    return (seen.x - seen.x_hat).pow(2).sum(dim=1)
 
 
-def _mean_x(seen: Rows) -> Tensor:
-    return seen.x.double().mean(dim=0)
+def _variation(seen: Rows) -> Tensor:
+    return (seen.x - seen.mean).pow(2).sum(dim=1)
 
 
-def _power(seen: Rows) -> Tensor:
-    return seen.x.double().pow(2).sum() / len(seen.x)
+def _output_power(seen: Rows) -> Tensor:
+    return seen.x_hat.pow(2).sum(dim=1)
 
 
-# ---- averages over predictions, in nats per token ----
+def _overlap(seen: Rows) -> Tensor:
+    return torch.linalg.vecdot(seen.x, seen.x_hat)
 
 
-def ce(seen: Predictions) -> Tensor:
-    """Measure the cross-entropy of the next token with the SAE's reconstructions in the model."""
-    return (seen.log_z - seen.logits.gather(1, seen.targets[:, None]).squeeze(1)).mean()
+# ---- of each prediction ----
 
 
-def kl(seen: Predictions) -> Tensor:
-    """Measure how far the spliced model's prediction is from the clean one's: KL(clean || spliced)."""
-    return (seen.log_z - torch.linalg.vecdot(seen.p, seen.logits) - seen.entropy).mean()
+def ce(seen: Predictions) -> Float[Tensor, "prediction"]:
+    """Measure the cross-entropy of the next token with the SAE's reconstructions in the model, in nats."""
+    return seen.log_z - seen.logits.gather(1, seen.targets[:, None]).squeeze(1)
+
+
+def kl(seen: Predictions) -> Float[Tensor, "prediction"]:
+    """Measure how far the spliced model's prediction is from the clean one's: KL(clean || spliced), in nats."""
+    return seen.log_z - torch.linalg.vecdot(seen.p, seen.logits) - seen.entropy
+
+
+def top1_agreement(seen: Predictions) -> Float[Tensor, "prediction"]:
+    """Say whether the spliced model's likeliest token is the clean one's."""
+    return (seen.logits.gather(1, seen.top).squeeze(1) == seen.logits.amax(dim=1)).double()
 
 
 # ---- derived from averages ----
@@ -98,12 +146,15 @@ def kl(seen: Predictions) -> Tensor:
 
 def explained_variance(mean: SimpleNamespace) -> Tensor:
     """Compute 1 - sum (x - x_hat)^2 / sum (x - mean(x))^2, over rows and width together."""
-    return 1 - mean._squared_error / (mean._power - mean._mean_x.pow(2).sum())
+    return 1 - mean._squared_error / mean._variation
 
 
-def dead_share(mean: SimpleNamespace) -> Tensor:
-    """Give the share of the latents that training found dead."""
-    return mean.sae.dead.double().mean()
+def relative_bias(mean: SimpleNamespace) -> Tensor:
+    """Compute sum |x_hat|^2 / sum x_hat . x, the factor by which x_hat is too long (Rajamanoharan et al. 2024).
+
+    That is the gamma that minimises the sum of |x_hat / gamma - x|^2 (arXiv:2404.16014).
+    """
+    return mean._output_power / mean._overlap
 
 
 def ce_degradation(mean: SimpleNamespace) -> Tensor:
@@ -121,56 +172,76 @@ def ce_recovered_mean(mean: SimpleNamespace) -> Tensor:
     return (mean.ce_mean - mean.ce) / (mean.ce_mean - mean.ce_clean)
 
 
-OF_ROWS = (l0, l1, mse, _squared_error)
-OF_ACTIVATIONS = (_mean_x, _power)  # the same for all SAEs that read them
-OF_PREDICTIONS = (ce, kl)
+# ---- of how often latents fire ----
+
+
+def dead_share(firing: Firing) -> Tensor:
+    """Give the share of the latents that training found dead."""
+    return firing.sae.dead.double().mean()
+
+
+def silent_share(firing: Firing) -> Tensor:
+    """Give the share of the latents that fire on no row of this text; the others are alive."""
+    return (firing.density == 0).double().mean()
+
+
+def dense_share(firing: Firing) -> Tensor:
+    """Give the share of the latents that fire on more than a tenth of the rows."""
+    return (firing.density > DENSE).double().mean()
+
+
+def l0_p5(firing: Firing) -> Tensor:
+    """Give the L0 that 5% of the rows do not exceed."""
+    return _quantile(firing, 0.05)
+
+
+def l0_median(firing: Firing) -> Tensor:
+    """Give the L0 that half of the rows do not exceed."""
+    return _quantile(firing, 0.5)
+
+
+def l0_p95(firing: Firing) -> Tensor:
+    """Give the L0 that 95% of the rows do not exceed."""
+    return _quantile(firing, 0.95)
+
+
+def _quantile(firing: Firing, share: float) -> Tensor:
+    at_most = firing.rows_by_l0.cumsum(dim=0)
+    return (at_most >= share * at_most[-1]).int().argmax()
+
+
+OF_ROWS = (l0, l1, mse, normalised_mse, cosine, l2_ratio, _squared_error, _variation, _output_power, _overlap)
+OF_PREDICTIONS = (ce, kl, top1_agreement)
 CE_OF_TEXT = ("ce_clean", "ce_zero", "ce_mean")  # the same for all SAEs of a hook
-DERIVED_OF_ROWS = (explained_variance, dead_share)
+DERIVED_OF_ROWS = (explained_variance, relative_bias)
 DERIVED = (*DERIVED_OF_ROWS, ce_degradation, ce_recovered, ce_recovered_mean)
+OF_FIRING = (dead_share, silent_share, dense_share, l0_p5, l0_median, l0_p95)
 
 
-class Averages:
-    """Means of metrics over all of a text, from their means over batches."""
-
-    def __init__(self, sums: Mapping[str, Tensor] = {}) -> None:
-        """Begin with zeros for what must be there in every process, whether or not it gets a batch."""
-        self._sums, self._weights = dict(sums), dict.fromkeys(sums, 0)
-
-    def add(self, metrics: Iterable[Callable[[Any], Tensor]], seen: Rows | Predictions, weight: int) -> None:
-        """Take in each metric of a batch of so many rows or predictions."""
-        for metric in metrics:
-            self.add_value(metric.__name__, metric(seen), weight)
-
-    def add_value(self, name: str, value: Tensor, weight: int) -> None:
-        """Take in the mean of a batch."""
-        before = self._sums.get(name, torch.zeros(())).to(value.device)
-        self._sums[name] = before + value.double() * weight
-        self._weights[name] = self._weights.get(name, 0) + weight
-
-    def means(self) -> dict[str, Tensor]:
-        """Divide by the weights, over all processes that share the text."""
-        counts = ranks.mean(torch.tensor([float(weight) for weight in self._weights.values()], dtype=torch.float64))
-        return {name: ranks.mean(total).cpu() / count for (name, total), count in zip(self._sums.items(), counts)}
+def averages(sums: Mapping[str, Float[Tensor, "*resample"]]) -> dict[str, Float[Tensor, "*resample"]]:
+    """Make the metrics of rows and predictions from their sums over all windows of a text, or over some."""
+    of_rows = {metric.__name__ for metric in OF_ROWS}
+    means = {name: total / sums["_rows" if name in of_rows else "_predictions"] for name, total in sums.items()}
+    return _with_derived(means, DERIVED)
 
 
-def _finish(
-    sae: BaseAutoencoder, means: dict[str, Tensor], derived: Iterable[Callable[[SimpleNamespace], Tensor]]
-) -> dict[str, float]:
-    """Name the metrics: the averages, and what is derived from them."""
-    known = SimpleNamespace(sae=sae, **means)
+def _with_derived(
+    means: dict[str, Tensor], derived: Iterable[Callable[[SimpleNamespace], Tensor]]
+) -> dict[str, Tensor]:
+    known = SimpleNamespace(**means)
     found = means | {metric.__name__: metric(known) for metric in derived}
-    return {name: float(value) for name, value in found.items() if not name.startswith("_")}
+    return {name: value for name, value in found.items() if not name.startswith("_")}
 
 
 @torch.no_grad()
 def training_metrics(sae: BaseAutoencoder, x: Float[Tensor, "batch act_size"], out: SAEOutput) -> dict[str, float]:
     """Measure one training batch, over all processes that share it; this waits for the device."""
-    averages = Averages()
-    averages.add_value("loss", out.loss, len(x))
-    for name, term in out.losses.items():
-        averages.add_value(f"{name}_loss", term, len(x))
-    averages.add((*OF_ROWS, *OF_ACTIVATIONS), Rows(sae, x.to(out.sae_out.dtype), out), len(x))
-    return {f"train/{name}": value for name, value in _finish(sae, averages.means(), DERIVED_OF_ROWS).items()}
+    seen = Rows.of(sae, x, ranks.mean(x.double().mean(dim=0)), out)
+    of_share = {"loss": out.loss} | {f"{name}_loss": term for name, term in out.losses.items()}
+    of_share |= {metric.__name__: metric(seen).mean() for metric in OF_ROWS}
+    of_batch = ranks.mean(torch.stack([value.double() for value in of_share.values()])).cpu()
+    found = _with_derived(dict(zip(of_share, of_batch)), DERIVED_OF_ROWS) | {"dead_share": sae.dead.double().mean()}
+    return {f"train/{name}": float(value) for name, value in found.items()}
 
 
 @contextlib.contextmanager
@@ -183,68 +254,146 @@ def evaluation_mode(*saes: BaseAutoencoder) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def evaluate(
-    model: Model,
-    saes: list[BaseAutoencoder],
-    tokens: Int[Tensor, "window pos"],
-    mean: Float[Tensor, "act_size"],
-) -> list[dict[str, float]]:
-    """Compute each SAE's metrics on `tokens`, which no training text should hold; all SAEs read the same hook.
+class Batch(NamedTuple):
+    """Some windows of a text."""
 
-    tokens [window, pos] on any device; mean [act_size], on the model's: the activations' mean over training text.
-    Special positions (BOS, EOS, padding) are neither replaced nor measured, nor is what the model predicts there.
-    Returns for each SAE every metric above by its name, and beside them, in nats per token, the model's cross-entropy
-    as it is (ce_clean), with zeros (ce_zero) and with the mean (ce_mean) for its activations.
-    Processes that share batches share the windows too: all must call this, and all get the metrics of the whole.
-    Raises: ValueError when tokens or mean do not fit the model, or no position can be measured.
+    windows: slice
+    tokens: Int[Tensor, "window pos"]
+    reads: Bool[Tensor, "window pos"]  # where a dictionary reads
+    predicts: Bool[Tensor, "window pos"]  # of these, where the next token is known
+
+    @property
+    def targets(self) -> Int[Tensor, "prediction"]:
+        return self.tokens.roll(-1, dims=1)[self.predicts]
+
+
+class HeldOut:
+    """Text to evaluate the SAEs of one hook on, with what is the same for all of them and at every evaluation.
+
+    tokens [window, pos] on any device, which no training text should hold; cfg names the hook. Special positions (BOS,
+    EOS, padding) are neither replaced nor measured, nor is what the model predicts there. Processes that share batches
+    share the windows too.
+    Raises: ValueError when the tokens do not fit the model, or no position can be measured.
     """
-    check_tokens(model, tokens)
-    act_size, hook = saes[0].cfg.act_size, saes[0].cfg.hook_name
-    fits = mean.shape == (act_size,) and mean.isfinite().all()
-    require(fits, f"mean = {mean.dtype} {list(mean.shape)}: give {act_size} finite numbers, the store's mean")
-    predicted = ordinary_positions(tokens, model.tokenizer)[:, :-1].any()
-    require(predicted, f"tokens = {list(tokens.shape)}: special ones only; give held-out text")
-    zero = mean.new_zeros((), dtype=torch.float64)
-    of_text = Averages({"_mean_x": zero.expand(act_size)} | dict.fromkeys(("_power", *CE_OF_TEXT), zero))
-    of_saes = [Averages({metric.__name__: zero for metric in (*OF_ROWS, *OF_PREDICTIONS)}) for _ in saes]
-    share = tokens[ranks.rank() :: ranks.count()].to(mean.device)
+
+    def __init__(self, model: Model, tokens: Int[Tensor, "window pos"], cfg: Config) -> None:
+        check_tokens(model, tokens)
+        reads = ordinary_positions(tokens, model.tokenizer)
+        require(reads[:, :-1].any(), f"tokens = {list(tokens.shape)}: special ones only; give held-out text")
+        predicts = reads.clone()
+        predicts[:, -1] = False
+        self.model, self.cfg, self.batches, self.windows = model, cfg, [], 0
+        own = [t[ranks.rank() :: ranks.count()].to(model.cfg.device) for t in (tokens, reads, predicts)]
+        for parts in zip(*(batches(t, model.cfg.d_vocab) for t in own)):
+            batch = Batch(slice(self.windows, self.windows + len(parts[0])), *parts)
+            self.windows = batch.windows.stop
+            if batch.predicts.any():
+                self.batches.append(batch)
+
+    @cached_property
+    def mean(self) -> Float[Tensor, "act_size"]:
+        """Average the activations, in float64."""
+        hook, rows = self.cfg.hook_name, torch.zeros((), dtype=torch.float64, device=self.model.cfg.device)
+        total = rows.new_zeros(self.cfg.act_size)
+        for batch in self.batches:
+            x = record(self.model, batch.tokens, [hook])[hook][batch.reads]
+            total += x.double().sum(dim=0)
+            rows += len(x)
+        ranks.add_([total, rows])
+        return total / rows
+
+    @cached_property
+    def sums(self) -> dict[str, Float[Tensor, "window"]]:
+        """Count each window's rows and predictions, and sum the model's cross-entropy over the latter.
+
+        That is as it is (ce_clean), and with zeros (ce_zero) or the text's mean (ce_mean) for its activations.
+        """
+        sums = {name: self.mean.new_zeros(self.windows) for name in ("_rows", "_predictions", *CE_OF_TEXT)}
+        for batch in self.batches:
+            sums["_rows"][batch.windows] = batch.reads.sum(dim=1).double()
+            sums["_predictions"][batch.windows] = batch.predicts.sum(dim=1).double()
+            with computing_once(self.model, self.cfg.layer):
+                for name, rows in zip(CE_OF_TEXT, (None, torch.zeros(()), self.mean)):
+                    seen = Predictions.of(batch.targets, self.predict(batch, rows)[0])
+                    sums[name][batch.windows] = by_window(ce(seen), batch.predicts)
+        return sums
+
+    def predict(
+        self, batch: Batch, rows: Float[Tensor, "*row act_size"] | None = None
+    ) -> tuple[Float[Tensor, "prediction vocab"], Float[Tensor, "row act_size"]]:
+        """Predict, with these rows for the activations where they are given; return those there were, too."""
+        found = torch.empty(0)
+
+        def change(acts: Tensor) -> Tensor:
+            nonlocal found
+            found = acts[batch.reads]
+            return acts if rows is None else acts.index_put((batch.reads,), rows.to(acts))
+
+        with replacing(self.model, {self.cfg.hook_name: change}):
+            logits = logits_at(self.model, batch.tokens, batch.predicts)
+        return logits.float(), found.float()
+
+
+def by_window(values: Float[Tensor, "position"], where: Bool[Tensor, "window pos"]) -> Float[Tensor, "window"]:
+    """Sum what was found at some positions, in float64 and in an order that no batch changes."""
+    return torch.zeros_like(where, dtype=torch.float64).masked_scatter_(where, values.double()).sum(dim=1)
+
+
+class Tally:
+    """What an SAE's metrics on a text are made of: sums over each window, and how often its latents fire."""
+
+    def __init__(self, sae: BaseAutoencoder, held_out: HeldOut) -> None:
+        self.sae, like, F = sae, held_out.sums["_rows"], sae.cfg.dict_size
+        self.sums = held_out.sums | {m.__name__: torch.zeros_like(like) for m in (*OF_ROWS, *OF_PREDICTIONS)}
+        self.fired, self.rows_by_l0 = like.new_zeros(F), like.new_zeros(F + 1)
+
+    def add(self, seen: Rows | Predictions, windows: slice, where: Bool[Tensor, "window pos"]) -> None:
+        """Take in the metrics of these windows' rows or predictions."""
+        for metric in OF_ROWS if isinstance(seen, Rows) else OF_PREDICTIONS:
+            self.sums[metric.__name__][windows] = by_window(metric(seen).to(where.device), where)
+        if isinstance(seen, Rows):
+            latents, F = seen.out.latents, self.sae.cfg.dict_size
+            self.fired += torch.bincount(latents.indices, (latents.values > 0).double(), F).to(where.device)
+            self.rows_by_l0 += torch.bincount(l0(seen).long(), minlength=F + 1).to(where.device)
+
+    def metrics(self) -> dict[str, float]:
+        """Make the metrics of the whole text, over all processes that share it."""
+        totals = torch.stack([total.sum() for total in self.sums.values()])
+        fired, by_l0 = self.fired.clone(), self.rows_by_l0.clone()
+        ranks.add_([totals, fired, by_l0])
+        firing = Firing(self.sae, fired / by_l0.sum(), by_l0)
+        found = averages(dict(zip(self.sums, totals))) | {metric.__name__: metric(firing) for metric in OF_FIRING}
+        return {name: float(value) for name, value in found.items()}
+
+
+@torch.no_grad()
+def tally(
+    held_out: HeldOut, saes: Sequence[BaseAutoencoder], progress: Callable[[list[Batch]], Iterable[Batch]] = iter
+) -> list[Tally]:
+    """Sum the metrics of SAEs that read the hook of a held-out text; `progress` may wrap its batches, as tqdm does."""
+    tallies = [Tally(sae, held_out) for sae in saes]
     with evaluation_mode(*saes):
-        for batch in batches(share, model.cfg.d_vocab):
-            replaced = ordinary_positions(batch, model.tokenizer)
-            counted = replaced[:, :-1]  # the last position of a window predicts nothing that is known
-            if not counted.any():
-                continue
-            targets = batch[:, 1:][counted]
+        for batch in progress(held_out.batches):
+            with computing_once(held_out.model, held_out.cfg.layer):
+                logits, x = held_out.predict(batch)
+                clean = Predictions.of(batch.targets, logits)
+                for found in tallies:
+                    here, mean = (t.to(found.sae.W_dec.device) for t in (x, held_out.mean))
+                    out = found.sae(here)
+                    found.add(Rows.of(found.sae, here, mean, out), batch.windows, batch.reads)
+                    logits, _ = held_out.predict(batch, out.sae_out)
+                    found.add(Predictions.of(batch.targets, logits, clean), batch.windows, batch.predicts)
+    return tallies
 
-            def predict(
-                rows: Tensor | None, batch: Tensor = batch, replaced: Tensor = replaced, counted: Tensor = counted
-            ) -> tuple[Float[Tensor, "prediction vocab"], Float[Tensor, "row act_size"]]:
-                """Predict with these rows for the activations at ordinary positions; return those there were, too."""
-                found = torch.empty(0)
 
-                def change(acts: Tensor) -> Tensor:
-                    nonlocal found
-                    found = acts[replaced]
-                    return acts if rows is None else acts.index_put((replaced,), rows.to(acts))
+def evaluate(held_out: HeldOut, saes: Sequence[BaseAutoencoder]) -> list[dict[str, float]]:
+    """Compute each SAE's metrics on held-out text; all SAEs read its hook.
 
-                with replacing(model, {hook: change}):
-                    logits = model(batch, return_type="logits")
-                return logits[:, :-1][counted].float(), found.float()
-
-            logits, x = predict(None)
-            clean = Predictions.of(targets, logits)
-            of_text.add(OF_ACTIVATIONS, Rows(saes[0], x, None), len(x))
-            of_text.add_value("ce_clean", ce(clean), len(targets))
-            for name, rows in (("ce_zero", torch.zeros_like(x)), ("ce_mean", mean.expand_as(x))):
-                of_text.add_value(name, ce(Predictions.of(targets, predict(rows)[0], clean)), len(targets))
-            for sae, averages in zip(saes, of_saes):
-                out = sae(x.to(sae.W_dec.device))
-                averages.add(OF_ROWS, Rows(sae, x.to(sae.W_dec.device), out), len(x))
-                spliced = Predictions.of(targets, predict(out.sae_out.to(x.device))[0], clean)
-                averages.add(OF_PREDICTIONS, spliced, len(targets))
-    means = of_text.means()
-    return [_finish(sae, means | averages.means(), DERIVED) for sae, averages in zip(saes, of_saes)]
+    Returns for each SAE every metric above by its name, and beside them, in nats per token, the model's cross-entropy
+    as it is (ce_clean), with zeros (ce_zero) and with the text's mean (ce_mean) for its activations.
+    Processes that share the text must all call this, and all get the metrics of the whole.
+    """
+    return [found.metrics() for found in tally(held_out, saes)]
 
 
 def check_tokens(model: Model, tokens: Tensor) -> None:

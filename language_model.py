@@ -122,6 +122,40 @@ def replacing(
         yield
 
 
+@contextlib.contextmanager
+def computing_once(model: Model, layer: int) -> Iterator[None]:
+    """Have the blocks below `layer` compute in the first forward pass within only: later ones take what they gave.
+
+    All passes must be of the same tokens, and change nothing below `layer`. Nothing is saved in a model like Gemma 4,
+    whose later blocks read keys and values of earlier ones.
+    """
+    given: dict[Any, Any] = {}
+    shares = getattr(model.original_model.config.get_text_config(), "num_kv_shared_layers", 0)
+
+    def once(block: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if block not in given:
+            given[block] = forward(*args, **kwargs)
+        return given[block]
+
+    with contextlib.ExitStack() as stack:
+        for block in model.blocks[: 0 if shares else layer]:
+            vars(block)["forward"] = partial(once, block, block.forward)  # setattr would change the module it wraps
+            stack.callback(vars(block).pop, "forward")
+        yield
+
+
+def logits_at(
+    model: Model, tokens: Int[Tensor, "window pos"], positions: Bool[Tensor, "window pos"]
+) -> Float[Tensor, "position vocab"]:
+    """Compute the logits at some positions: unembedding takes as long as several blocks of a small model."""
+
+    def keep(acts: Tensor, hook: object) -> Tensor:
+        return acts[positions][None]
+
+    with model.hooks(fwd_hooks=[("unembed.hook_in", keep)]):
+        return model(tokens, return_type="logits")[0]
+
+
 def ordinary_positions(
     tokens: Int[Tensor, "window pos"], tokenizer: PreTrainedTokenizerBase
 ) -> Bool[Tensor, "window pos"]:

@@ -2,6 +2,7 @@
 
 python results.py runs/<sweep>            the table, its .csv and figures
 python results.py wandb:entity/project    the same, in the current folder
+python results.py evaluate <checkpoint>   metrics of SAEs, with intervals
 python results.py dashboard <checkpoint>  a page with the latents of an SAE
 """
 
@@ -20,7 +21,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import pandas as pd
 import wandb
 
-from analysis.figures import SETTINGS, row_labels, save_figures
+from analysis.figures import SETTINGS, over_seeds, row_labels, save_figures
 from config import TYPES
 from runtime.checks import parse_json, require
 from runtime.cli import Parser
@@ -31,7 +32,7 @@ COLUMNS = {  # metric -> heading in the table, factor, decimals
     "ce_recovered": ("CE recovered", 1, 3),
     "dead_share": ("dead %", 100, 1),
 }
-SETTING_WIDTH = 16  # of its column, at most
+SETTING_WIDTH = 14  # of its column, at most
 
 
 def load_results(source: str | Path) -> pd.DataFrame:
@@ -125,12 +126,18 @@ def format_table(df: pd.DataFrame) -> str:
 
     setting is what decides the SAE's L0, and whatever else tells it from others of its type. CE recovered is the share
     of the loss of zero ablation that the SAE recovers, dead % the share of its latents; "-" means no evaluation yet.
+    SAEs that differ in their seed alone are one row: mean, ± a standard deviation.
     """
     if df["run"].nunique() > 1:
         return "\n\n".join(f"{run[:80]}\n{format_table(saes)}" for run, saes in df.groupby("run"))
     table = [("type", "dict", "setting", *(heading for heading, _, _ in COLUMNS.values()))]
+    df = over_seeds(df, [*COLUMNS])
     for sae, label in zip(df.itertuples(), row_labels(df, but=["dict_size"])):
-        numbers = [_number(scale * getattr(sae, name), decimals) for name, (_, scale, decimals) in COLUMNS.items()]
+        numbers = [
+            _number(scale * getattr(sae, name), scale * getattr(sae, f"{name}_std"), decimals)
+            for name, (_, scale, decimals) in COLUMNS.items()
+        ]
+        label = f"{label}, {sae.seeds} seeds" if sae.seeds > 1 else label
         whole = label.replace(" ", "\0").replace(",\0", ", ")  # no line ends between a field and its value
         first, *more = (line.replace("\0", " ") for line in textwrap.wrap(whole, SETTING_WIDTH))
         table.append((sae.sae_type, str(sae.dict_size), first, *numbers))
@@ -140,10 +147,11 @@ def format_table(df: pd.DataFrame) -> str:
     return "\n".join(row.format(*cells).rstrip() for cells in table)
 
 
-def _number(value: float, decimals: int) -> str:
+def _number(value: float, std: float, decimals: int) -> str:
     if math.isnan(value):
         return "-"
-    return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.1e}"
+    number = f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.1e}"
+    return number if math.isnan(std) else f"{number} ±{std:.{decimals}f}".replace("±0.", "±.")
 
 
 def report(source: str) -> None:
@@ -171,10 +179,10 @@ def report(source: str) -> None:
 
 def main(words: list[str]) -> None:
     """Do what the words ask for."""
-    if words[:1] == ["dashboard"]:
-        from analysis.dashboard import command  # late, with torch and the model's library
+    if words and words[0] in ("dashboard", "evaluate"):
+        from analysis import dashboard, measure  # late, with torch and the model's library
 
-        command(words[1:])
+        {"dashboard": dashboard.command, "evaluate": measure.command}[words[0]](words[1:])
     else:
         report(table_parser().parse_args(words).source)
 

@@ -1,6 +1,7 @@
 """Sparse dictionaries. All types share BaseAutoencoder; a type says only how latents are chosen and what it penalises.
 
     z     = (x - mean) / (std + 1e-5) per token if input_unit_norm, else x        std unbiased
+    s     = sqrt(mean over batch and act_size of (z - mean(z))^2), of the first batch
     pre   = (z - b_dec) W_enc + b_enc
     f     = VanillaSAE     relu(pre)
             TopKSAE        relu of the k largest of each row
@@ -8,17 +9,22 @@
             JumpReLUSAE    pre * [pre > threshold_j]
             MatryoshkaSAE  as BatchTopKSAE
     y_hat = f W_dec + b_dec;   sae_out = y_hat * std + mean
-    loss  = mean over batch and act_size of (y_hat - z)^2
-            + Vanilla            l1_coeff * mean over batch of sum_j f_j ||W_dec_j||
-            + JumpReLU           l1_coeff * mean over batch of sum_j [pre_j > threshold_j]
-            + TopK, BatchTopK    aux_penalty * AuxK
-            Matryoshka           the mean of that error over nested y_hats, each of the latents below a width, + AuxK
+    loss  = mean over batch and act_size of (y_hat - z)^2 / s^2
+            + Vanilla      c * mean over batch of sum_j f_j ||W_dec_j|| / s
+            + JumpReLU     10 (L0 / target_l0 - 1)^2         L0 = mean over batch of sum_j [pre_j > threshold_j]
+            + all others   aux_penalty * AuxK, JumpReLU too
+            Matryoshka     the mean of that error over nested y_hats, each of the latents below a width, + AuxK
+
+Vanilla's c is steered so that target_l0 latents fire per token; where l1_coeff is given, c is l1_coeff and JumpReLU's
+term is l1_coeff L0. All terms stay the same when the activations are multiplied by a number.
 
 Sources: TopK and AuxK, Gao et al. 2024 (arXiv:2406.04093); BatchTopK, Bussmann et al. 2024 (arXiv:2412.06410);
 JumpReLU, Rajamanoharan et al. 2024 (arXiv:2407.14435); the weighted L1, Conerly et al. 2024 (April update);
-Matryoshka, Bussmann et al. 2025 (arXiv:2503.17547).
+Matryoshka, Bussmann et al. 2025 (arXiv:2503.17547). JumpReLU's quadratic term is that of Rajamanoharan et al. 2024,
+appendix F.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -38,6 +44,9 @@ PROJECTED_ROWS = 1024  # at a time on a CPU: what is multiplied stays in its cac
 AUXK_LEAST_VARIANCE = 1e-6
 THRESHOLD_MEMORY = 0.9  # of BatchTopK's running mean: about the last ten batches
 UNIT = 1e-4  # decoder rows whose norms differ from 1 by less have norm 1
+L0_PENALTY = 10  # of JumpReLU, on the squared relative excess of L0
+DEAD_THRESHOLD_DECAY = 0.99  # a step
+L1_START, L1_GAIN, L1_INTEGRAL_GAIN, MOST_EXCESS = 0.5, 2.0, 0.2, 3.0  # of the controller of Vanilla's coefficient
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class BaseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
-        # The scale that initialise_from measures; 0 in a new SAE, below 0 in a loaded one whose scale is not known yet.
+        # The s that initialise_from measures; 0 in a new SAE, below 0 in a loaded one whose scale is not known yet.
         self.register_buffer("input_scale", torch.zeros(()))
         self.l1_coeff = cfg.l1_coeff  # a trainer lets it rise
         self.lent = Lent()
@@ -117,7 +126,7 @@ class BaseAutoencoder(nn.Module):
         self, z: Float[Tensor, "batch act_size"], y: Float[Tensor, "batch d_out"], code: SparseLatents
     ) -> dict[str, Float[Tensor, ""]]:
         """Name the loss terms, weighted: first how far the reconstructions are from y, then what a type adds."""
-        return {"mse": (code.y_hats - y).pow(2).mean()}
+        return {"mse": (code.y_hats - y).pow(2).mean() / self.scale.square()}
 
     def reconstruct(self, code: SparseLatents, W_dec: Tensor) -> Float[Tensor, "nested batch d_out"]:
         """Decode the latents into the reconstructions that are compared with y, the output last."""
@@ -161,7 +170,7 @@ class BaseAutoencoder(nn.Module):
         return self.activate(SparseLatents(pre, pre, None)).view(*x.shape[:-1], -1)
 
     def decode(self, acts: Float[Tensor, "*batch dict_size"]) -> Float[Tensor, "*batch act_size"]:
-        """Reconstruct from latents, in z space: a token's mean and scale, if normalised, are not in its latents."""
+        """Reconstruct from latents. With input_unit_norm this is y_hat: they lack a token's mean and std."""
         return acts @ self.W_dec + self.b_dec
 
     def normalise(self, x: Float[Tensor, "batch act_size"]) -> tuple[Tensor, Tensor | float, Tensor | float]:
@@ -171,6 +180,11 @@ class BaseAutoencoder(nn.Module):
             return x, 1.0, 0.0
         mean, std = x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True)
         return (x - mean) / (std + NORM_EPS), std, mean
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """The s in which losses and thresholds are measured; 1 before it is known."""
+        return torch.where(self.input_scale > 0, self.input_scale, 1)
 
     def _dense_product(self, z: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         """Compute every pre-activation of normalised activations."""
@@ -214,7 +228,7 @@ class BaseAutoencoder(nn.Module):
 
         It is the error's unexplained share, MSE(e_hat, e) / MSE(mean(e), e).
         """
-        k, centred = self.cfg.top_k_aux, (z - self.b_dec).detach()
+        k, centred = self.cfg.top_k_aux or -(-self.cfg.act_size // 2), (z - self.b_dec).detach()
         floor = torch.zeros_like(b_enc)
         selection = choose.above(self._for_product(centred), W_enc, b_enc, floor, choose.MAX_DENSITY)
         if selection is None:
@@ -238,16 +252,24 @@ class BaseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def initialise_from(self, x: Float[Tensor, "*batch act_size"]) -> None:
-        """Set input_scale to the rms distance of a batch's rows from their mean and, in a new SAE, b_dec to that mean.
+        """Set input_scale to the s of a batch and, in a new SAE, b_dec to its mean.
 
         Raises ValueError on an x that `forward` refuses.
         """
         self._check_input(x)
         z = self.normalise(x.reshape(-1, x.shape[-1]))[0]
         mean = self.lent.mean(z.mean(dim=0))
-        if self.input_scale == 0:
+        is_new = bool(self.input_scale == 0)
+        self.input_scale.copy_(self.lent.mean((z - mean).pow(2).mean()).sqrt())
+        if is_new:
             self.b_dec.copy_(mean)
-        self.input_scale.copy_(self.lent.mean((z - mean).pow(2).sum(dim=1).mean()).sqrt())
+            self.begin(z)
+
+    def begin(self, z: Float[Tensor, "batch act_size"]) -> None:
+        """Set what else a new SAE of this type takes from its first batch."""
+
+    def finish(self, z: Float[Tensor, "batch act_size"]) -> None:
+        """Do what this type needs after the last step of training, on the batch of that step."""
 
     @torch.no_grad()
     def after_step(self, code: SparseLatents) -> None:
@@ -263,6 +285,15 @@ class BaseAutoencoder(nn.Module):
         for grad, w in zip(self.W_dec.grad.split(rows), self.W_dec.split(rows)):
             parallel = (grad * w).sum(dim=1, keepdim=True)  # rows of W_dec have norm 1
             grad.addcmul_(parallel, w, value=-1)
+
+    @torch.no_grad()
+    def units(self) -> dict[str, float]:
+        """Give the unit of each parameter: s where it is one of activations, 1 where it is one of directions.
+
+        In these units training is the same whatever the activations are multiplied by. Waits for the device.
+        """
+        scale = float(self.scale)
+        return {name: 1.0 if name in ("W_enc", "W_dec") else scale for name, _ in self.named_parameters()}
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -286,21 +317,83 @@ class BaseAutoencoder(nn.Module):
         return norms
 
 
-class VanillaSAE(BaseAutoencoder):
-    """ReLU latents and an L1 penalty, weighted by the norms of the decoder rows (which are 1 in training)."""
+class PenalisedAutoencoder(BaseAutoencoder):
+    """Hold what the types share that fire above a floor, and whose L0 a penalty decides."""
+
+    @property
+    def floor(self) -> Float[Tensor, "dict_size"]:
+        """What a latent's pre-activation must exceed for it to fire."""
+        raise NotImplementedError
+
+    def raise_floor(self, amount: Float[Tensor, ""]) -> None:
+        """Make all latents fire less often, or more often where the amount is below 0."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def meet(self, z: Float[Tensor, "batch act_size"], l0: int) -> None:
+        """Raise or lower the floor of all latents by one number, so that `l0` of them fire per row of z."""
+        margins = choose.largest(z - self.b_dec, self.W_enc, self.b_enc - self.floor, l0 * len(z))
+        self.raise_floor(self.lent.mean(margins.pre.amin()))
+
+    def begin(self, z: Float[Tensor, "batch act_size"]) -> None:
+        """Let twice as many latents fire as should at the end: from too few, dead ones do not come back."""
+        self.meet(z, min(2 * self.cfg.target_l0, self.cfg.dict_size))
+
+    def finish(self, z: Float[Tensor, "batch act_size"]) -> None:
+        """Take away what is left between the L0 of the last batch and target_l0."""
+        if self.cfg.steers_l0:
+            self.meet(z, self.cfg.target_l0)
+
+
+class VanillaSAE(PenalisedAutoencoder):
+    """ReLU latents and an L1 penalty, weighted by the norms of the decoder rows (which are 1 in training).
+
+    steering (buffer, [2]): the integral and the latest value of the excess of L0 over target_l0, of which the
+    coefficient is a sum: a PI controller.
+    """
 
     sae_type = "vanilla"
 
+    def __init__(self, cfg: Config) -> None:
+        super().__init__(cfg)
+        self.register_buffer("steering", torch.tensor([L1_START, 0.0]))
+
+    @property
+    def floor(self) -> Tensor:
+        return torch.zeros_like(self.b_enc)
+
+    def raise_floor(self, amount: Tensor) -> None:
+        self.b_enc -= amount
+
     def select(self, centred: Tensor) -> Selection | None:
-        return choose.above(centred, self.W_enc, self.b_enc, torch.zeros_like(self.b_enc), choose.MAX_DENSITY)
+        return choose.above(centred, self.W_enc, self.b_enc, self.floor, choose.MAX_DENSITY)
 
     def activate(self, code: SparseLatents) -> Tensor:
         return torch.relu(code.pre)
 
     def losses(self, z: Tensor, y: Tensor, code: SparseLatents) -> dict[str, Tensor]:
         weighted = code.acts if self.lent.unit_rows else code.acts * code.beside(self.W_dec.norm(dim=1))
-        l1 = weighted.sum() / len(code)
-        return super().losses(z, y, code) | {"l1": self.l1_coeff * l1}
+        l1 = weighted.sum() / len(code) / self.scale
+        return super().losses(z, y, code) | {"l1": self._coefficient() * l1}
+
+    def _coefficient(self) -> Tensor | float:
+        """Give l1_coeff or, where L0 is steered, a coefficient in the unit in which d and L0 do not matter.
+
+        A latent that k of them share is worth about 1 / sqrt(d k) of L1 to the first loss.
+        """
+        if not self.cfg.steers_l0:
+            return self.l1_coeff
+        integral, excess = self.steering
+        return (integral + L1_GAIN * excess) / math.sqrt(self.cfg.act_size * self.cfg.target_l0)
+
+    @torch.no_grad()
+    def after_step(self, code: SparseLatents) -> None:
+        """Move the coefficient too."""
+        super().after_step(code)
+        l0 = self.lent.mean((code.acts > 0).sum() / len(code))
+        excess = (l0 / self.cfg.target_l0 - 1).clamp(max=MOST_EXCESS)
+        integral = (self.steering[0] + L1_INTEGRAL_GAIN * excess).clamp(min=0)
+        self.steering.copy_(torch.stack([integral, excess]))
 
 
 class TopKSAE(BaseAutoencoder):
@@ -309,10 +402,10 @@ class TopKSAE(BaseAutoencoder):
     sae_type = "topk"
 
     def select(self, centred: Tensor) -> Selection | None:
-        return choose.topk(centred, self.W_enc, self.b_enc, self.cfg.top_k)
+        return choose.topk(centred, self.W_enc, self.b_enc, self.cfg.target_l0)
 
     def activate(self, code: SparseLatents) -> Tensor:
-        return torch.relu(code.pre if code.support else code.pre * choose.topk_mask(code.pre, self.cfg.top_k))
+        return torch.relu(code.pre if code.support else code.pre * choose.topk_mask(code.pre, self.cfg.target_l0))
 
 
 class BatchTopKSAE(BaseAutoencoder):
@@ -331,7 +424,7 @@ class BatchTopKSAE(BaseAutoencoder):
 
     def select(self, centred: Tensor) -> Selection | None:
         if self.training:
-            return choose.batchtopk(centred, self.W_enc, self.b_enc, self.cfg.top_k, guess=0.9 * self.threshold)
+            return choose.batchtopk(centred, self.W_enc, self.b_enc, self.cfg.target_l0, guess=0.9 * self.threshold)
         floor = self.threshold.expand_as(self.b_enc)
         return choose.above(centred, self.W_enc, self.b_enc, floor, choose.MAX_DENSITY)
 
@@ -375,29 +468,34 @@ class MatryoshkaSAE(BatchTopKSAE):
         return parts.cumsum(dim=0) + self.b_dec
 
 
-class JumpReLUSAE(BaseAutoencoder):
+class JumpReLUSAE(PenalisedAutoencoder):
     """A learned threshold per latent, and an L0 penalty that reaches it through a straight-through estimator.
 
-    threshold [dict_size], kept at 0 or above by training.
+    threshold [dict_size], kept at 0 or above by training. That of a dead latent falls, as no gradient reaches it.
     """
 
     sae_type = "jumprelu"
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
-        self.threshold = nn.Parameter(torch.full((cfg.dict_size,), cfg.threshold_init))
+        self.threshold = nn.Parameter(torch.zeros(cfg.dict_size))
 
     @property
     def eps(self) -> Float[Tensor, ""]:
         """Width of the window, in the units of the pre-activations."""
-        return self.cfg.bandwidth * torch.where(self.input_scale > 0, self.input_scale, 1)
+        return self.cfg.bandwidth * self.scale
+
+    @property
+    def floor(self) -> Tensor:
+        return self.threshold.detach()
+
+    def raise_floor(self, amount: Tensor) -> None:
+        self.threshold.add_(amount).clamp_(min=0)
 
     @torch.no_grad()
-    def initialise_from(self, x: Tensor) -> None:
-        is_new = self.input_scale == 0
-        super().initialise_from(x)
-        if is_new:
-            self.threshold.fill_(self.cfg.threshold_init * self.input_scale)
+    def after_step(self, code: SparseLatents) -> None:
+        super().after_step(code)
+        self.threshold *= torch.where(self.dead, DEAD_THRESHOLD_DECAY, 1.0)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -411,15 +509,18 @@ class JumpReLUSAE(BaseAutoencoder):
         return factors
 
     def select(self, centred: Tensor) -> Selection | None:
-        window = self.threshold.detach() - self.eps / 2
-        return choose.above(centred, self.W_enc, self.b_enc, window, choose.MAX_DENSITY)
+        return choose.above(centred, self.W_enc, self.b_enc, self.floor - self.eps / 2, choose.MAX_DENSITY)
 
     def activate(self, code: SparseLatents) -> Tensor:
         return straight_through.jumprelu(code.pre, code.beside(self.threshold), self.eps)
 
     def losses(self, z: Tensor, y: Tensor, code: SparseLatents) -> dict[str, Tensor]:
         fires = straight_through.fires(code.pre, code.beside(self.threshold), self.eps)
-        return super().losses(z, y, code) | {"l0": self.l1_coeff * fires.sum() / len(code)}
+        l0 = fires.sum() / len(code)
+        if not self.cfg.steers_l0:
+            return super().losses(z, y, code) | {"l0": self.l1_coeff * l0}
+        of_all = self.lent.mean(l0.detach()) + l0 - l0.detach()  # the L0 of all processes, with this one's gradient
+        return super().losses(z, y, code) | {"l0": L0_PENALTY * (of_all / self.cfg.target_l0 - 1).square()}
 
 
 SAE_TYPES: dict[str, type[BaseAutoencoder]] = {

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from activation_store import ActivationsStore
 from config import Config
-from evaluation import evaluate, training_metrics
+from evaluation import HeldOut, evaluate, training_metrics
 from kernels import sparse
 from kernels.sparse import GradientMemory
 from logs import RunLog
@@ -22,22 +22,24 @@ from runtime.checks import explained, require
 from runtime.machine import placements
 from sae import BaseAutoencoder, Lent, SAEOutput
 
+THRESHOLD_LR = 3  # of JumpReLU's thresholds, in units of the other parameters' learning rate
+MISSED = 0.05  # of target_l0, more than which is said
 FIRST_SAVE_SECONDS = 60  # into a run, the first time that its state is saved
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """Schedule steps 0 to num_steps - 1: a linear rise over lr_warmup, then lr, then a linear fall to 0."""
+    """Schedule steps 0 to num_steps - 1: a linear rise over lr_warmup, then the peak, then a linear fall to 0."""
     warmup, decay = cfg.lr_warmup * cfg.num_steps, cfg.lr_decay * cfg.num_steps
     rise = (step + 1) / warmup if step + 1 < warmup else 1.0
     left = cfg.num_steps - step
     fall = left / decay if left < decay else 1.0
-    return cfg.lr * min(rise, fall)
+    return cfg.peak_lr * min(rise, fall)
 
 
 def sparsity_coefficient(cfg: Config, step: int) -> float:
-    """Schedule l1_coeff: a linear rise over sparsity_warmup."""
+    """Schedule a fixed l1_coeff: a linear rise over sparsity_warmup. 0 where L0 is steered."""
     warmup = cfg.sparsity_warmup * cfg.num_steps
-    return cfg.l1_coeff * min(1.0, (step + 1) / warmup if warmup else 1.0)
+    return (cfg.l1_coeff or 0.0) * min(1.0, (step + 1) / warmup if warmup else 1.0)
 
 
 class Stopped(Exception):
@@ -55,7 +57,9 @@ class Trainer:
         sae.lent = Lent(ranks.count(), ranks.mean, ranks.either, self._num_dead, memory, unit_rows=True)
         # Fused Adam is five times slower on W_enc as it lies, latent by latent: it is given the transposed view.
         self.views = [p.detach() if p.is_contiguous() else p.detach().t() for p in sae.parameters()]
-        self.optimizer = torch.optim.Adam(self.views, lr=sae.cfg.lr, betas=(sae.cfg.beta1, sae.cfg.beta2), fused=True)
+        groups = [{"params": [view]} for view in self.views]  # each has its own learning rate
+        self.optimizer = torch.optim.Adam(groups, betas=(sae.cfg.beta1, sae.cfg.beta2), fused=True)
+        self.units: list[float] = []  # of the parameters, once the first batch has told the scale of the activations
         self.steps = 0
         # What _check looked at in the last step, or in the first that had a number not finite, and which step that was.
         self._checked, self._at = torch.zeros(2 + len(self.views), device=sae.W_dec.device), torch.tensor(0)
@@ -64,22 +68,29 @@ class Trainer:
     def step(self, x: Float[Tensor, "batch act_size"], step: int) -> SAEOutput:
         """Train on a batch, or on this process's share of it; returns the output of its forward pass.
 
+        A new SAE takes b_dec and the scale of the activations from the first batch, and its L0 from the last.
         From the first step on in which a number is not finite the parameters stay as they are: see `failure`.
         """
         sae, cfg = self.sae, self.cfg
         assert all(p.grad is None for p in sae.parameters()), "gradients from before: a step makes its own"
+        if not self.units:
+            self._begin(x)
         sae.l1_coeff = sparsity_coefficient(cfg, step)
-        self.optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
         out = sae(x)
         (out.loss / ranks.count()).backward()
-        for view, p in zip(self.views, sae.parameters()):
+        for (name, p), view, unit, group in zip(
+            sae.named_parameters(), self.views, self.units, self.optimizer.param_groups
+        ):
             view.grad = p.grad if p.is_contiguous() else p.grad.t()
+            if unit != 1:
+                view.grad *= unit
+            group["lr"] = learning_rate(cfg, step) * unit * (THRESHOLD_LR if name == "threshold" else 1)
         ranks.add_([view.grad for view in self.views])
         sae.project_decoder_gradient()
         norms = torch.stack([view.grad.norm() for view in self.views])
         failed = self._check(x, out.loss.detach(), norms, step)
         # Fused Adam divides gradients by grad_scale as it reads them, and does nothing where found_inf is 1.
-        self.optimizer.grad_scale = (norms.norm() / cfg.max_grad_norm).clamp_min(1)
+        self.optimizer.grad_scale = (norms.norm() / cfg.max_grad_norm).clamp_min(1).float()
         self.optimizer.found_inf = failed.float()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -87,9 +98,17 @@ class Trainer:
         sae.lent.memory.free()
         sae.constrain()
         sae.after_step(out.latents)
+        if step + 1 == cfg.num_steps:
+            sae.finish(sae.normalise(x)[0])
         self._count_dead()
         self.steps = step + 1
         return out
+
+    def _begin(self, x: Tensor) -> None:
+        """Measure the scale of the activations, unless the SAE knows it: parameters are trained in units of it."""
+        if self.sae.input_scale <= 0:
+            self.sae.initialise_from(x)
+        self.units = list(self.sae.units().values())
 
     def _count_dead(self) -> None:
         """Send the number of dead latents to the host, which waits for it only once the next step is under way."""
@@ -183,7 +202,7 @@ class _Loop:
     ) -> None:
         self.trainers, self.store, self.log, self.should_stop = trainers, store, log, should_stop
         self.cfg, self.saes = store.cfg, [trainer.sae for trainer in trainers]
-        self.held_out = store.held_out_tokens()
+        self.held_out = HeldOut(store.model, store.held_out_tokens(), self.cfg)
         self.results: list[dict[str, float]] = []
         self.next_save = time.perf_counter() + FIRST_SAVE_SECONDS
 
@@ -245,16 +264,17 @@ class _Loop:
         if trainer.steps > step:  # it took this step before another SAE ran out of memory
             return {}
         x = rows[sae.cfg.hook_name].to(sae.W_dec.device)
-        if step == 0 and sae.input_scale <= 0:
-            sae.initialise_from(x)
         out = trainer.step(x, step)
         if not is_log_step:
             return {}
-        return training_metrics(sae, x, out) | {"train/lr": trainer.optimizer.param_groups[0]["lr"]}
+        return training_metrics(sae, x, out) | {"train/lr": learning_rate(sae.cfg, step)}
 
     def _evaluate(self, done: int) -> None:
-        self.results = evaluate(self.store.model, self.saes, self.held_out, self.store.mean[self.cfg.hook_name])
+        self.results = evaluate(self.held_out, self.saes)
         self._log(done, [{f"eval/{name}": value for name, value in found.items()} for found in self.results])
+        for sae, found in zip(self.saes, self.results) if done == self.cfg.num_steps else ():
+            if sae.cfg.l1_coeff is None and abs(found["l0"] / sae.cfg.target_l0 - 1) > MISSED:
+                tqdm.write(f"{sae.cfg.name}: L0 is {found['l0']:.1f} on held-out text; train longer to come nearer")
 
     def _log(self, done: int, of_saes: list[dict[str, float]], of_all: Mapping[str, float] = {}) -> None:
         for index, metrics in enumerate(of_saes):
@@ -303,8 +323,8 @@ class _Loop:
         saved = f"; the other {len(others)} SAEs were saved" if others and self.log is not None else ""
         (trainer, failure), *_ = failures.items()
         raise FloatingPointError(
-            f"{trainer.cfg.name}: {failure}; lower lr = {trainer.cfg.lr:g}, or take another dtype where activations"
-            f" overflow; its last checkpoint is as it was{saved}"
+            f"{trainer.cfg.name}: {failure}; lower lr = {trainer.cfg.peak_lr:.3g}, or take another dtype where"
+            f" activations overflow; its last checkpoint is as it was{saved}"
         )
 
     def _bar(self, first: int) -> tqdm:

@@ -28,7 +28,7 @@ DASHES = ("-", "--", ":", "-.")
 WIDTH, COLUMN_WIDTH = 7.5, 1.875  # inches: two columns of a paper, and the panels of one type
 BINS_PER_DECADE = 3  # of densities: wider than a factor of 2, so that none is empty between once and twice
 LEGEND_LETTERS = 26  # that fit below a panel at 7 points
-SETTINGS = {row.sparsity for row in TYPES.values()}  # the fields that decide an SAE's L0
+SETTINGS = {"target_l0", "l1_coeff"}  # the fields that decide an SAE's L0
 FORMATS = {  # field -> how a label shows it, if the SAEs of a type differ in it
     "run": "{}", "model_name": "{}", "layer": "layer {}", "site": "{}", "dict_size": "dict {}", "lr": "lr {:g}",
     "batch_size": "batch {}", "num_tokens": "{:g} tokens", "input_unit_norm": "norm {}", "seed": "seed {}",
@@ -45,10 +45,12 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
     """Plot explained variance, and the share of cross-entropy recovered, against L0.
 
     Lines join SAEs that differ in their setting alone, which may be compared. Colours are types; markers and dashes are
-    dict_sizes where there are several, the most frequent one solid. SAEs without an evaluation, with numbers that are
-    not finite or with an L0 of 0 are left out. Raises ValueError when none remains.
+    dict_sizes where there are several, the most frequent one solid. SAEs that differ in their seed alone are one point,
+    their mean, with bars of a standard deviation. SAEs without an evaluation, with numbers that are not finite or with
+    an L0 of 0 are left out. Raises ValueError when none remains.
     """
-    df = _evaluated(df).sort_values("l0")
+    metrics = {"explained_variance": "Explained variance", "ce_recovered": "CE recovered"}
+    df = over_seeds(_evaluated(df), ["l0", *metrics]).sort_values("l0")
     require(len(df), "nothing to plot: no SAE has an evaluation with finite numbers and an L0 above 0")
     alike = _told_apart(df, but=["run", "dict_size"])
     widths = sorted(df["dict_size"].unique())
@@ -60,12 +62,16 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
     look = dict(linewidth=1.4, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
 
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    panels = zip(figure.subplots(1, 2), ("explained_variance", "ce_recovered"), ("Explained variance", "CE recovered"))
-    for axes, metric, label in panels:
+    for axes, (metric, label) in zip(figure.subplots(1, 2), metrics.items()):
         for (sae_type, width, *_), saes in df.groupby(["sae_type", "dict_size", *alike], dropna=False):
             row, marker = TYPES[sae_type], markers[width if several else sae_type]
             style = dict(color=row.colour, marker=marker, linestyle=dashes[width])
             axes.plot(saes["l0"], saes[metric], label=f"{row.label} {width}", **style, **look)
+            spread = saes[saes["seeds"] > 1]
+            bars = dict(
+                xerr=spread["l0_std"], yerr=spread[f"{metric}_std"], fmt="none", ecolor=row.colour, elinewidth=1
+            )
+            axes.errorbar(spread["l0"], spread[metric], **bars)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlim=(low / margin, high * margin), xlabel="L0 (latents active per token)", ylabel=f"{label} (share)")
@@ -162,6 +168,19 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
         for path in paths:
             figure.savefig(path, dpi=150)
     return paths
+
+
+def over_seeds(df: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Make one row, their mean, of SAEs that differ in their seed alone.
+
+    Adds seeds, the number of them, and for each metric its standard deviation over them, <metric>_std; NaN for one.
+    """
+    df = df.reset_index(drop=True)
+    by = [field for field in RESULT_FIELDS if field in df and field != "seed"]
+    alike = df.groupby(by, dropna=False)
+    spread = alike[metrics].transform("std").add_suffix("_std").assign(seeds=alike["run"].transform("size"))
+    of_all = df.drop(columns=[*metrics, "seed"], errors="ignore").join([alike[metrics].transform("mean"), spread])
+    return of_all[~df.duplicated(by)]
 
 
 # ---- the style ----

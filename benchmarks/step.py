@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this file runs as a script
 
 from config import TYPES, Config
-from sae import build_sae
+from sae import PenalisedAutoencoder, build_sae
 from training import Trainer
 
 L0 = 64  # of Vanilla and JumpReLU
@@ -39,7 +39,7 @@ def parse() -> Namespace:
     parser.add_argument("--sae-type", nargs="+", choices=types, default=types)
     parser.add_argument("--act-size", type=int, default=768)
     parser.add_argument("--dict-size", type=int, nargs="+", default=[12288])
-    parser.add_argument("--top-k", type=int, default=32)
+    parser.add_argument("--target-l0", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=2048)
     dtypes = ("float32", "bfloat16")
     parser.add_argument("--product-dtype", nargs="+", choices=dtypes, default=dtypes, help="of our steps")
@@ -56,9 +56,9 @@ def parse() -> Namespace:
 
 def config(options: Namespace, sae_type: str, dict_size: int, product_dtype: str = "float32") -> Config:
     return Config(
-        sae_type=sae_type, act_size=options.act_size, dict_size=dict_size, top_k=options.top_k, device=options.device,
-        batch_size=options.batch_size, num_tokens=1000 * options.batch_size, lr=1e-6, l1_coeff=1e-3, bandwidth=1e-3,
-        top_k_aux=512, product_dtype=product_dtype, dead_after_tokens=10**12, input_unit_norm=False,
+        sae_type=sae_type, act_size=options.act_size, dict_size=dict_size, target_l0=options.target_l0,
+        device=options.device, batch_size=options.batch_size, num_tokens=1000 * options.batch_size, lr=1e-6,
+        l1_coeff=1e-3, top_k_aux=512, product_dtype=product_dtype, dead_after_tokens=10**12,
     )  # fmt: skip
 
 
@@ -80,13 +80,8 @@ def trainer(cfg: Config, x: Tensor, dead_share: float = 0.0) -> Trainer:
     sae = build_sae(cfg).train()
     sae.initialise_from(x)
     with torch.no_grad():
-        pre = (x[:64] - sae.b_dec) @ sae.W_enc + sae.b_enc
-        if cfg.type.sparsity != "top_k":
-            cut = pre.flatten().topk(64 * L0).values[-1]
-            if cfg.sae_type == "vanilla":
-                sae.b_enc -= cut
-            else:
-                sae.threshold.fill_(cut)
+        if isinstance(sae, PenalisedAutoencoder):
+            sae.meet(x, L0)
         if dead_share:  # small weights, so that they stay out of the k largest
             dead = slice(0, int(dead_share * cfg.dict_size))
             sae.W_enc[:, dead] *= 0.01
@@ -101,8 +96,8 @@ def dense(of: Trainer, x: Tensor) -> Trainer:
     """Make the same step with ordinary autograd over [batch, dict_size]; BatchTopK keeps as many by a threshold."""
     of.sae.select = lambda centred: None
     if "threshold" in dict(of.sae.named_buffers()):
-        sample = of.sae.dense_pre_activations(x[:64]).flatten()
-        of.sae.threshold.fill_(sample.topk(64 * of.cfg.top_k).values[-1])
+        sample = ((x[:64] - of.sae.b_dec) @ of.sae.W_enc + of.sae.b_enc).flatten()
+        of.sae.threshold.fill_(sample.topk(64 * of.cfg.target_l0).values[-1])
     return of
 
 
@@ -128,7 +123,7 @@ def benchmark(options: Namespace, dict_size: int) -> dict[tuple[str, str], list[
         if options.dense and dtype == "float32":
             contenders[dtype, f"{sae_type}, dense"] = our_step(dense(trainer(cfg, x), x), lambda: next(batches))
     if options.peers:
-        for name, run in peers.steps(options.act_size, dict_size, options.top_k, x).items():
+        for name, run in peers.steps(options.act_size, dict_size, options.target_l0, x).items():
             contenders["float32", name] = run
     return interleaved(contenders, options.repeats, x.device)
 
@@ -167,7 +162,8 @@ def peak_memory(options: Namespace, sae_type: str, dict_size: int, dtype: str) -
     """Run measure_memory in a process of its own."""
     command = [
         sys.executable, __file__, "--measure-memory", sae_type, "--dict-size", str(dict_size),
-        "--act-size", str(options.act_size), "--batch-size", str(options.batch_size), "--top-k", str(options.top_k),
+        "--act-size", str(options.act_size), "--batch-size", str(options.batch_size),
+        "--target-l0", str(options.target_l0),
         "--device", options.device, "--product-dtype", dtype,
     ]  # fmt: skip
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -178,10 +174,8 @@ def main(options: Namespace) -> None:
         print(measure_memory(options))
         return
     where = machine(torch.device(options.device))
-    print(
-        f"{where}\nact_size {options.act_size}, batch {options.batch_size}, k {options.top_k}, L0 {L0} of vanilla and"
-    )
-    print("jumprelu; milliseconds: median (range); multiples of the floor in float32")
+    print(f"{where}\nact_size {options.act_size}, batch {options.batch_size}, k {options.target_l0}, L0 {L0} of")
+    print("vanilla and jumprelu; milliseconds: median (range); multiples of the floor in float32")
     rows, figures = [], []
     for dict_size in options.dict_size:
         seconds = benchmark(options, dict_size)

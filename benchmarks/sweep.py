@@ -65,17 +65,13 @@ def run(options: Namespace, cfgs: list, store: ActivationsStore, device: torch.d
     for step in range(options.steps):
         rows = store.next_batch()
         for trainer in trainers:
-            x = rows[trainer.cfg.hook_name]
-            if step == 0:
-                trainer.sae.initialise_from(x)
-            trainer.step(x, step)
+            trainer.step(rows[trainer.cfg.hook_name], step)
     synchronise(device)
     return time.perf_counter() - start
 
 
 def train_alone(cfg, batches: list[torch.Tensor], device: torch.device) -> float:
     trainer = Trainer(build_sae(cfg))
-    trainer.sae.initialise_from(batches[0])
     start = time.perf_counter()
     for step, x in enumerate(batches):
         trainer.step(x, step)

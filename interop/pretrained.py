@@ -32,7 +32,7 @@ from torch import Tensor
 from transformer_lens.supported_models import MODEL_ALIASES
 
 from checkpoint import CFG, COUNTERS, WEIGHTS, load_checkpoint, read_json
-from config import SITES, Config, unused_by
+from config import SITES, TYPES, Config, unused_by
 from runtime.checks import explained, require
 from sae import BaseAutoencoder, build_sae
 
@@ -90,10 +90,13 @@ def load_pretrained(
         unsaid = f"{source}: does not say its {field}; give load_pretrained(..., {field}=...)"
         require(isinstance(fields[field], str), unsaid)
     fields |= _layer_and_site(fields.pop("hook_name"))
-    fields = {field: value for field, value in fields.items() if field not in unused_by(fields["sae_type"])}
+    unused = unused_by(fields["sae_type"]) | (
+        {"target_l0"} if "l1_coeff" in TYPES[fields["sae_type"]].fields else set()
+    )
+    fields = {field: value for field, value in fields.items() if field not in unused}
     fields["act_size"], fields["dict_size"] = tensors["W_enc"].shape
     with explained(f"{source}: cannot be opened here", ValueError):
-        cfg = Config(**{"input_unit_norm": False} | fields, device=str(device))
+        cfg = Config(**{"l1_coeff": 0.0} | fields, device=str(device))
     sae = build_sae(cfg)
     # Training measures the scale, and keeps b_dec and the thresholds.
     trained = {"input_scale": torch.tensor(-1.0), "threshold_updates": torch.tensor(100)}
@@ -148,7 +151,7 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "input_unit_norm": norm == "layer_norm",
         "seq_len": metadata.get("context_size") or Config.seq_len,
         "dataset_path": metadata.get("dataset_path") or Config.dataset_path,
-        "top_k": k,
+        "target_l0": k,
     }
     return fields, _folded(tensors, scale, in_norms, subtracted)
 
@@ -179,7 +182,7 @@ def _from_dictionary_learning(folder: Path) -> tuple[dict[str, Any], dict[str, T
     unused = ("k", "group_sizes", "threshold") if sae_type == "topk" else ("k", "group_sizes")
     found = {name: tensor for name, tensor in _read_tensors(weights).items() if name not in unused}
     tensors = _checked(weights, found, sae_type, sizes, LINEAR | {"decoder.weight": "W_dec", "bias": "b_dec"})
-    fields = {"sae_type": sae_type, "model_name": trainer.get("lm_name"), "top_k": trainer.get("k")}
+    fields = {"sae_type": sae_type, "model_name": trainer.get("lm_name"), "target_l0": trainer.get("k")}
     site, _, _ = str(trainer.get("submodule_name") or "resid_post").partition("_layer_")
     if site in SITES:
         fields["hook_name"] = f"blocks.{trainer.get('layer')}.{SITES[site]}"
@@ -201,7 +204,7 @@ def _from_sparsify(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not F and isinstance(D, int) and isinstance(factor, int):
         F = D * factor
     tensors = _checked(weights, _read_tensors(weights), "topk", (D, F), LINEAR)
-    fields = {"sae_type": "topk", "top_k": cfg.get("k")}
+    fields = {"sae_type": "topk", "target_l0": cfg.get("k")}
     if run.is_file():
         fields["model_name"] = read_json(run).get("model")
     module = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.\w+)?", folder.name)

@@ -174,7 +174,7 @@ def batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, guess: Float[Tens
     """
     wanted = k * len(x)
     if sparse.on_gpu(x):
-        return _batchtopk_on_gpu(x, W_enc, b_enc, wanted)
+        return largest(x, W_enc, b_enc, wanted)
     floor = max(guess.item(), 0.0)
     if floor == 0:  # before the first guess: estimate it, somewhat low, from a few rows
         sample = x[:: max(1, len(x) // SAMPLE_ROWS)]
@@ -189,8 +189,9 @@ def batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, guess: Float[Tens
     return _only(candidates, candidates.pre.topk(wanted, sorted=False).indices.sort().values)  # rows stay in order
 
 
-def _batchtopk_on_gpu(x: Tensor, W_enc: Tensor, b_enc: Tensor, wanted: int) -> Selection:
-    """Do the same without waiting for the device: exactly `wanted` entries, some perhaps not positive."""
+@torch.no_grad()
+def largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, wanted: int) -> Selection:
+    """Choose exactly the `wanted` largest entries, positive or not, without waiting for a GPU."""
     dict_size = len(b_enc)
     found = []
     for rows, block, pre in _chunks(x, W_enc, b_enc):

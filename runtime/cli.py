@@ -51,7 +51,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse(words: list[str]) -> Options:
     """Read the words. Raises ValueError at an option, a sweep, a file or a value that does not exist."""
-    dashed = [re.sub("^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in words]  # W&B: --top_k=16
+    dashed = [
+        re.sub("^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in words
+    ]  # W&B: --target_l0=16
     known, unknown = _parser(DEFAULT_SWEEP).parse_known_args(dashed)
     wrong = "".join(unknown[:1])
     meant = near(wrong.split("=")[0], OPTIONS)
@@ -109,7 +111,7 @@ def read_overrides(file: Path) -> dict[str, tuple]:
 
     One value of a field of several numbers is a list. Raises ValueError when the file does not hold that.
     """
-    said, such = f"--overrides: {file}", "give lines such as top_k: [16, 32]"
+    said, such = f"--overrides: {file}", "give lines such as target_l0: [16, 32]"
     require(file.is_file(), f"{said}: no such file; give a YAML or JSON file of Config's fields")
     with explained(f"{said}: not YAML or JSON", Exception, remedy=such):  # PyYAML meets a wrong tag with any error
         loader = yaml.SafeLoader(file.read_bytes().replace(b"\t", b" "))  # JSON alone may be indented with tabs
@@ -147,7 +149,7 @@ def _parser(sweep: str) -> Parser:
     )  # fmt: skip
     add = parser.add_argument_group("the sweep").add_argument
     add("sweep", nargs="?", metavar="SWEEP", help=f"One of {', '.join(SWEEPS)} (default: {DEFAULT_SWEEP}).")
-    overrides = "YAML or JSON file of the options below, such as top_k: [16, 32]. The command line wins over it."
+    overrides = "YAML or JSON file of the options below, such as target_l0: [16, 32]. The command line wins over it."
     add("--overrides", metavar="FILE", help=overrides)
     add("--dry-run", action="store_true", help="Print Configs, parameters and memory; train and write nothing.")
     add("--resume", metavar="FOLDER", help="Go on with a sweep that was stopped. Takes no other option.")

@@ -49,7 +49,8 @@ def _is_known(model_name: str) -> bool:
 
 
 def _fields(cfg: Config, names: set[str]) -> list[str]:
-    words = ", ".join(f"{name}\0{written(getattr(cfg, name))}" for name in HINTS if name in names)
+    values = cfg.to_dict() | cfg.rules
+    words = ", ".join(f"{name}\0{written(values[name])}" for name in HINTS if name in names)
     lines = textwrap.wrap(words, WIDTH, break_on_hyphens=False, break_long_words=False, **INDENTED)
     return [line.replace("\0", " ") for line in lines]  # a value stays beside its field
 
@@ -71,7 +72,7 @@ def _size(cfgs: list[Config], is_known: bool) -> Iterator[str]:
     of_each = " to ".join(f"{count:,}" for count in sorted({min(each), max(each)}))
     yield from _wrapped("parameters", f"{sum(each):,} in the SAEs, {of_each} in each")
     rows = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
-    dense = max((c.dict_size for c in cfgs if c.type.sparsity != "top_k"), default=0)
+    dense = max((c.dict_size for c in cfgs if "l1_coeff" in c.type.fields), default=0)
     step = cfg.batch_size * (STEP_ROWS * width + DENSE_ROWS * dense)
     parts = {
         "weights, gradients and Adam's two means": 16 * sum(each),

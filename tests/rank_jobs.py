@@ -15,7 +15,7 @@ from torch import Tensor
 import logs
 from activation_store import ActivationsStore
 from config import Config
-from evaluation import evaluate, training_metrics
+from evaluation import HeldOut, evaluate, training_metrics
 from language_model import check_model, load_model
 from logs import RunLog
 from runtime import ranks
@@ -24,10 +24,12 @@ from sae import SAE_TYPES
 from training import Trainer, train
 
 D, F, B = 16, 96, 48
-SMALL = dict(act_size=D, dict_size=F, top_k=4, top_k_aux=8, batch_size=B, num_tokens=100 * B, dead_after_tokens=10 * B)
+SMALL = dict(
+    act_size=D, dict_size=F, target_l0=4, top_k_aux=8, batch_size=B, num_tokens=100 * B, dead_after_tokens=10 * B
+)
 ON_TEXT = Config(
     model_name="tiny-gpt2", dataset_path="animals.txt", layer=1, seq_len=32, model_batch_size=8,
-    num_batches_in_buffer=4, batch_size=B, num_tokens=50 * B, dict_size=F, top_k=4, lr=0.01, l1_coeff=0.01,
+    num_batches_in_buffer=4, batch_size=B, num_tokens=50 * B, dict_size=F, target_l0=4, lr=0.01,
     eval_windows=8, dead_after_tokens=5 * B, device="cpu",
 )  # fmt: skip
 
@@ -45,11 +47,11 @@ def one_step() -> None:
     """Record the gradients of a step in which a third of the latents are dead, and what the step left, by type."""
     ranks.start("batches", torch.device("cpu"))
     x = activations(B)[ranks.rank() :: ranks.count()]
-    common = Config(l1_coeff=0.1, bandwidth=0.3, threshold_init=0.1, input_unit_norm=False, **SMALL)
+    common = Config(bandwidth=0.3, **SMALL)
     for sae_type, sae_class in SAE_TYPES.items():
         trainer = Trainer(sae_class(replace(common, sae_type=sae_type)))
         sae = trainer.sae
-        sae.initialise_from(x)
+        sae.initialise_from(activations(B))  # a share has quantiles of its own
         sae.tokens_since_fired[::3] = 20 * B
         found: dict[str, Tensor] = {}
         step = trainer.optimizer.step
@@ -82,7 +84,7 @@ def fifty_steps() -> None:
         save_state(state, Path(f"fifty-steps-{ranks.rank()}.safetensors"))
     store = ActivationsStore(model, [cfg])
     rows = torch.cat([store.next_batch()[cfg.hook_name] for _ in range(20)])
-    record("rows", {"x": rows, "mean": store.mean[cfg.hook_name]})
+    record("rows", {"x": rows})
 
 
 def evaluated() -> None:
@@ -93,7 +95,7 @@ def evaluated() -> None:
     tokens = torch.randint(1, 300, (5, 24), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 0
     tokens[3] = 0
-    found = evaluate(load_model(cfg), saes, tokens, torch.linspace(-1, 1, D))
+    found = evaluate(HeldOut(load_model(cfg), tokens, cfg), saes)
     Path(f"metrics-{ranks.rank()}.json").write_text(json.dumps(found))
 
 

@@ -1,7 +1,8 @@
 """Write out each type in dense float64 formulas, which share no code with sae.py or the kernels that they check.
 
 Gradients come from ordinary autograd, except JumpReLU's, whose straight-through estimators are written out by hand.
-`params` holds W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and, for JumpReLU [F] and BatchTopK [], threshold.
+`params` holds W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D] and, for JumpReLU [F] and BatchTopK [], threshold, and
+for Vanilla steering [2].
 """
 
 from typing import NamedTuple
@@ -26,8 +27,9 @@ def reference(
     *,
     training: bool,
     input_unit_norm: bool,
-    top_k: int,
-    l1_coeff: float,
+    scale: float,  # s
+    target_l0: int,
+    l1_coeff: float | None,  # None: L0 is steered
     eps: float,
     aux_penalty: float,
     top_k_aux: int,
@@ -42,37 +44,39 @@ def reference(
     if sae_type == "vanilla":
         f = pre.clamp(min=0)
     elif sae_type == "topk":
-        f = pre.clamp(min=0) * torch.stack([largest(row, top_k) for row in pre])
+        f = pre.clamp(min=0) * torch.stack([largest(row, target_l0) for row in pre])
     elif sae_type in ("batchtopk", "matryoshka") and training:
-        f = pre.clamp(min=0) * largest(pre, top_k * len(x))
+        f = pre.clamp(min=0) * largest(pre, target_l0 * len(x))
     else:
         f = pre * (pre > p["threshold"]).double()
     z_hat = f @ p["W_dec"] + p["b_dec"]
     sae_out = z_hat * std + mean
 
-    losses = {"mse": ((z_hat - z) ** 2).sum() / z.numel()}
+    losses = {"mse": ((z_hat - z) ** 2).sum() / z.numel() / scale**2}
     if sae_type == "matryoshka":
         nested = [f[:, :width] @ p["W_dec"][:width] + p["b_dec"] for width in widths]
-        losses = {"mse": sum(((y - z) ** 2).sum() for y in nested) / z.numel() / len(nested)}
+        losses = {"mse": sum(((y - z) ** 2).sum() for y in nested) / z.numel() / len(nested) / scale**2}
     if sae_type == "vanilla":
-        losses["l1"] = l1_coeff * (f * p["W_dec"].square().sum(dim=1).sqrt()).sum(dim=1).mean()
+        c = l1_coeff
+        if c is None:
+            c = (params["steering"][0] + 2 * params["steering"][1]) / (x.shape[1] * target_l0) ** 0.5
+        losses["l1"] = c * (f * p["W_dec"].square().sum(dim=1).sqrt()).sum(dim=1).mean() / scale
     if sae_type == "jumprelu":
-        losses["l0"] = l1_coeff * (pre > p["threshold"]).double().sum(dim=1).mean()
-    if sae_type in ("topk", "batchtopk", "matryoshka") and training and dead.any():
+        l0 = (pre > p["threshold"]).double().sum(dim=1).mean()
+        losses["l0"] = 10 * (l0 / target_l0 - 1) ** 2 if l1_coeff is None else l1_coeff * l0
+    if sae_type != "vanilla" and training and dead.any():
         losses["auxk"] = aux_penalty * auxk(pre[:, dead], p["W_dec"][dead], (z - z_hat).detach(), top_k_aux)
 
+    grads = {}
     if sae_type == "jumprelu":
-        dz, grads = jumprelu_gradients(p, z.detach(), l1_coeff, eps)
-        for term in losses:
-            grads[term]["x"] = (
-                torch.autograd.grad(z, x, dz[term], retain_graph=True)[0] if input_unit_norm else dz[term]
-            )
-    else:
-        grads = {}
-        wanted = {"x": x} | {name: value for name, value in p.items() if name != "threshold"}
-        for term, loss in losses.items():
-            found = torch.autograd.grad(loss, list(wanted.values()), retain_graph=True, materialize_grads=True)
-            grads[term] = dict(zip(wanted, found))
+        dz, grads = jumprelu_gradients(p, z.detach(), l1_coeff, target_l0, eps, scale)
+        for term, found in grads.items():
+            found["x"] = torch.autograd.grad(z, x, dz[term], retain_graph=True)[0] if input_unit_norm else dz[term]
+    unchosen = () if sae_type == "jumprelu" else ("threshold", "steering")
+    wanted = {"x": x} | {name: value for name, value in p.items() if name not in unchosen}
+    for term in losses.keys() - grads.keys():
+        of = dict(retain_graph=True, materialize_grads=True, allow_unused=True)
+        grads[term] = dict(zip(wanted, torch.autograd.grad(losses[term], list(wanted.values()), **of)))
     return Reference(sae_out.detach(), f.detach(), {t: l.detach() for t, l in losses.items()}, grads)
 
 
@@ -96,9 +100,9 @@ def auxk(pre: Tensor, W_dec: Tensor, error: Tensor, top_k_aux: int) -> Tensor:
 
 
 def jumprelu_gradients(
-    p: Params, z: Tensor, l1_coeff: float, eps: float
+    p: Params, z: Tensor, l1_coeff: float | None, target_l0: int, eps: float, scale: float
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Gradient of z, and gradients of the parameters, per loss term. No autograd."""
+    """Gradient of z, and gradients of the parameters, of the first loss and the penalty. No autograd."""
     W_enc, b_enc, W_dec, b_dec, threshold = (
         p[name].detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     )
@@ -107,7 +111,7 @@ def jumprelu_gradients(
     fires = (pre > threshold).double()
     window = ((pre - threshold).abs() < eps / 2).double()
     f = pre * fires
-    g = 2 * (f @ W_dec + b_dec - z) / (B * D)  # d mse / d z_hat [B, D]
+    g = 2 * (f @ W_dec + b_dec - z) / (B * D) / scale**2  # d mse / d z_hat [B, D]
     df = g @ W_dec.T  # [B, F]
     dpre = df * fires
     dcentred = dpre @ W_enc.T  # [B, D]
@@ -119,5 +123,8 @@ def jumprelu_gradients(
         "b_dec": g.sum(dim=0) - dcentred.sum(dim=0),
         "threshold": (df * -(threshold / eps) * window).sum(dim=0),
     }
-    l0 = zeros | {"threshold": l1_coeff / B * (-(1 / eps) * window).sum(dim=0)}
+    slope = l1_coeff  # d loss / d L0
+    if slope is None:
+        slope = 20 / target_l0 * (fires.sum() / B / target_l0 - 1)
+    l0 = zeros | {"threshold": slope / B * (-(1 / eps) * window).sum(dim=0)}
     return {"mse": dcentred - g, "l0": torch.zeros_like(z)}, {"mse": mse, "l0": l0}

@@ -22,7 +22,6 @@ import pytest
 import torch
 from datasets import IterableDataset
 from torch import Tensor
-from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -241,20 +240,6 @@ def test_starting_over_reshuffles_and_says_so_once(
     assert not torch.equal(first, second) and not torch.equal(second, third) and not torch.equal(first, third)
 
 
-def test_mean_is_of_all_rows_read(make: Callable, reads: list[Tensor]) -> None:
-    store = make()
-    for batches in (1, 30):
-        serve(store, batches)
-        windows = torch.cat(reads)
-        ordinary = ~torch.isin(windows, torch.tensor(SPECIAL))
-        window, position = ordinary.nonzero().t()
-        expected = torch.stack([window, position, windows[ordinary]], dim=1).double().mean(dim=0)
-        for hook, offset in ((TwoHooks.FIRST, 0), (TwoHooks.SECOND, 0.5)):
-            mean = store.mean[hook]
-            assert mean.shape == (WIDTH,) and mean.dtype == torch.float32
-            assert_close(mean[:3].double(), expected + offset, rtol=1e-6, atol=0)
-
-
 def test_no_second_buffer_is_ever_made(make: Callable, reads: list[Tensor]) -> None:
     store = make(num_batches_in_buffer=32, batch_size=100)
     buffer_bytes = 32 * 4 * (SEQ_LEN - 1) * WIDTH * 4
@@ -377,9 +362,6 @@ def test_rows_of_two_layers_are_the_model_s_and_of_the_same_token(
     ordinary = torch.cat(computed)[ordinary_positions(windows, model.tokenizer)]
     served = torch.cat([torch.cat([batch[hook] for hook in cfg.reads], dim=1) for batch in batches])
     assert {tuple(row) for row in served.tolist()} <= {tuple(row) for row in ordinary.tolist()}
-    means = torch.cat([store.mean[hook] for hook in cfg.reads])
-    assert means.dtype == torch.float32
-    assert_close(means.double(), ordinary.double().mean(dim=0), rtol=1e-5, atol=1e-6)
 
 
 # ---- refusals ----
@@ -446,8 +428,6 @@ def test_a_store_made_with_a_state_serves_what_the_other_would_have(
         again = ActivationsStore(lm, [cfg], load_state(tmp_path / "state.safetensors"))
         for expected in served[at + 1 : at + 16]:
             assert torch.equal(next_rows(again), expected)
-        means = ActivationsStore(lm, [cfg], states[at + 15]).mean
-        assert all(torch.equal(again.mean[hook], means[hook]) for hook in cfg.reads)
 
 
 def test_where_the_model_or_the_text_fails_the_state_is_that_of_the_batch_before(

@@ -22,13 +22,14 @@ import evaluation
 import main
 import sweep
 from config import Config
-from evaluation import evaluate
+from evaluation import HeldOut, evaluate
 from language_model import load_model
 from sae import BaseAutoencoder, build_sae
 
 SMALL = [
     "--model-name=tiny-gpt2", "--dataset-path=animals.txt", "--layer=1", "--seq-len=32", "--model-batch-size=8",
-    "--num-batches-in-buffer=4", "--batch-size=64", "--num-tokens=640", "--dict-size=64", "--top-k=4", "--device=cpu",
+    "--num-batches-in-buffer=4", "--batch-size=64", "--num-tokens=640", "--dict-size=64", "--target-l0=4",
+    "--device=cpu",
     "--sae-type=topk", "--wandb-mode=disabled",
 ]  # fmt: skip
 Said = tuple[str, ...]
@@ -69,11 +70,11 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 COMMAND_LINES: list[tuple[list[str], Said]] = [
     (["--colour=red"], ("--colour=red: no such option", "--help lists them")),
-    (["--top_kk=3"], ("--top-kk=3: no such option", "did you mean --top-k?")),
+    (["--top_kk=3"], ("--top-kk=3: no such option", "did you mean --top-k-aux?")),
     (["tiny", "huge"], ("huge: no such option", "--help lists them")),
     (["--lr", "--seed=1"], ("--lr: no value", "give one or several")),
-    (["--top-k="], ("top_k = '': ", "give int")),
-    (["--top-k", "4", "tiny"], ("top_k = 'tiny': ", "give int")),
+    (["--target-l0="], ("target_l0 = '': ", "give int")),
+    (["--target-l0", "4", "tiny"], ("target_l0 = 'tiny': ", "give int")),
     (["--lr=nan"], ("lr = nan: ", "give a finite number")),
     (["--prefixes=0.5,one"], ("prefixes = (0.5, 'one'): ", "give a list of float")),
     (["--input-unit-norm=maybe"], ("input_unit_norm = 'maybe': ", "give bool")),
@@ -105,18 +106,18 @@ def test_command_lines(refused: Callable, no_model: None, args: list[str], said:
 
 
 OVERRIDES: list[tuple[bytes, str]] = [
-    (b"", "no fields and values; give lines such as top_k: [16, 32]"),
+    (b"", "no fields and values; give lines such as target_l0: [16, 32]"),
     (b'[["seed", 1]]', "no fields and values; give lines"),
-    (b"top_k: [16", "not YAML or JSON ("),
-    (b"top_k: 16\n\tlr: 1", "not YAML or JSON ("),
-    (b"top_k: 1\n---\ntop_k: 2", "not YAML or JSON ("),
+    (b"target_l0: [16", "not YAML or JSON ("),
+    (b"target_l0: 16\n\tlr: 1", "not YAML or JSON ("),
+    (b"target_l0: 1\n---\ntarget_l0: 2", "not YAML or JSON ("),
     (b"\xff\xfe\xfd", "not YAML or JSON ("),
     (b"lr: 2024-13-45", "not YAML or JSON (ValueError: month must be in 1..12); give lines such as"),
     (b"lr: !!python/name:os.system", "not YAML or JSON (ConstructorError: could not determine"),
     (b"[" * 100_000, "not YAML or JSON ("),
-    (b"top-k: 4", "'top-k' is no field of Config; did you mean top_k? --help lists them"),
+    (b"target-l0: 4", "'target-l0' is no field of Config; did you mean target_l0? --help lists them"),
     (b"[1]: 4", "[1] is no field of Config; --help lists them"),
-    (b"lr: 1\ntop_k: 4\nlr: 2", "lr is given twice; give one list of its values"),
+    (b"lr: 1\ntarget_l0: 4\nlr: 2", "lr is given twice; give one list of its values"),
     (b'{"seed": 1, "seed": 2}', "seed is given twice; give one list"),
     (b"prefixes: []", "prefixes = []: no value; give one or several"),
 ]  # fmt: skip
@@ -299,7 +300,7 @@ D = 16
 
 
 def small_sae() -> BaseAutoencoder:
-    return build_sae(Config(layer=1, act_size=D, dict_size=64, top_k=4, device="cpu", input_unit_norm=False))
+    return build_sae(Config(layer=1, act_size=D, dict_size=64, target_l0=4, device="cpu", input_unit_norm=False))
 
 
 def test_an_sae_is_initialised_from_one_row() -> None:
@@ -313,25 +314,22 @@ def model(tiny_gpt2: Path) -> TransformerBridge:
     return load_model(Config(model_name=str(tiny_gpt2), layer=1, device="cpu"))
 
 
-GOOD, MEAN = torch.arange(1, 31).view(2, 15), torch.zeros(D)
+GOOD = torch.arange(1, 31).view(2, 15)
 
 
-@pytest.mark.parametrize("tokens, mean, said", [
-    (GOOD.float(), MEAN, "tokens = torch.float32 [2, 15]: give int64 [window, pos]"),
-    (GOOD[:0], MEAN, "tokens = torch.int64 [0, 15]: give int64 [window, pos], at least one window"),
-    (GOOD[:, :1], MEAN, "tokens = torch.int64 [2, 1]: "),
-    (GOOD.repeat(1, 5), MEAN, "at least one window of 2 to 64 tokens"),
-    (GOOD + 290, MEAN, "tokens = 291 to 320: the model knows 0 to 319; use its own tokenizer"),
-    (GOOD - 2, MEAN, "tokens = -1 to 28: the model knows 0 to 319"),
-    (GOOD * 0, MEAN, "tokens = [2, 15]: special ones only; give held-out text"),
-    (GOOD, torch.zeros(D + 1), "mean = torch.float32 [17]: give 16 finite numbers"),
-    (GOOD, torch.full((D,), torch.nan), "mean = torch.float32 [16]: give 16 finite numbers"),
-], ids=["float", "no window", "one token", "too long", "too high", "too low", "special", "width", "NaN"])  # fmt: skip
-def test_tokens(model: TransformerBridge, tokens: Tensor, mean: Tensor, said: str) -> None:
-    sae = small_sae()
+@pytest.mark.parametrize("tokens, said", [
+    (GOOD.float(), "tokens = torch.float32 [2, 15]: give int64 [window, pos]"),
+    (GOOD[:0], "tokens = torch.int64 [0, 15]: give int64 [window, pos], at least one window"),
+    (GOOD[:, :1], "tokens = torch.int64 [2, 1]: "),
+    (GOOD.repeat(1, 5), "at least one window of 2 to 64 tokens"),
+    (GOOD + 290, "tokens = 291 to 320: the model knows 0 to 319; use its own tokenizer"),
+    (GOOD - 2, "tokens = -1 to 28: the model knows 0 to 319"),
+    (GOOD * 0, "tokens = [2, 15]: special ones only; give held-out text"),
+], ids=["float", "no window", "one token", "too long", "too high", "too low", "special"])  # fmt: skip
+def test_tokens(model: TransformerBridge, tokens: Tensor, said: str) -> None:
     with pytest.raises(ValueError) as error:
-        evaluate(model, [sae], tokens, mean)
-    assert said in str(error.value) and "\n" not in str(error.value) and sae.training
+        HeldOut(model, tokens, small_sae().cfg)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_windows_of_special_tokens_alone_change_no_metric(
@@ -339,4 +337,5 @@ def test_windows_of_special_tokens_alone_change_no_metric(
 ) -> None:
     monkeypatch.setattr(evaluation, "MAX_LOGITS", 2 * 15 * 320)  # two windows a batch
     sae, padded = small_sae(), torch.cat([GOOD, GOOD * 0, GOOD])
-    assert evaluate(model, [sae], padded, MEAN)[0] == pytest.approx(evaluate(model, [sae], GOOD.repeat(2, 1), MEAN)[0])
+    found, expected = (evaluate(HeldOut(model, tokens, sae.cfg), [sae]) for tokens in (padded, GOOD.repeat(2, 1)))
+    assert found[0] == pytest.approx(expected[0])

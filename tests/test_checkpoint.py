@@ -30,7 +30,7 @@ normalised = pytest.mark.parametrize("input_unit_norm", [True, False], ids=["nor
 
 def config(sae_type: str = "topk", **changes: object) -> Config:
     small = dict(
-        act_size=D, dict_size=F, top_k=3, l1_coeff=0.01, bandwidth=0.3, threshold_init=0.2, batch_size=32,
+        act_size=D, dict_size=F, target_l0=3, l1_coeff=0.01, bandwidth=0.3, batch_size=32,
         num_tokens=320, lr=0.02, dead_after_tokens=64, layer=1, seq_len=16, device="cpu",
     )  # fmt: skip
     return Config(sae_type=sae_type, **(small | changes))
@@ -270,8 +270,8 @@ DAMAGES = [
     (lambda p: (p / CFG).write_text('{"architecture": "topk"}'), CFG, "not written by this library"),
     (fields(lambda c: c.update(nn_decompositions=[3])), CFG, "not written by this library"),
     *((fields(change), CFG, CHANGED) for change in (
-        lambda c: c["nn_decompositions"].update(top_k=4),
-        lambda c: c.update(normalize_activations="none"),
+        lambda c: c["nn_decompositions"].update(target_l0=4),
+        lambda c: c.update(normalize_activations="layer_norm"),
         lambda c: c.pop("sha256"),
         lambda c: c.update(sha256=[1]),
         lambda c: c["sha256"].update({CFG: 3}),
@@ -285,7 +285,7 @@ DAMAGES = [
     # with sums that were made right again
     *((sealed(damage), file, named) for damage, file, named in [
         (ours(colour="red"), CFG, "unexpected keyword argument 'colour'"),
-        (ours(top_k=F + 1), CFG, f"top_k = {F + 1}: "),
+        (ours(target_l0=F + 1), CFG, f"target_l0 = {F + 1}: "),
         (ours(sae_type="sparse"), CFG, "sae_type = 'sparse': "),
         (ours(act_size=None), CFG, "act_size = None"),
         (ours(dict_size=F + 1), WEIGHTS, f"'b_enc': ({F + 1},)"),

@@ -23,7 +23,7 @@ from sae import build_sae
 PROGRAM = [sys.executable, main.__file__]
 SMALL = [
     "--model-name=tiny-gpt2", "--dataset-path=animals.txt", "--layer=1", "--seq-len=32", "--model-batch-size=8",
-    "--num-batches-in-buffer=4", "--batch-size=64", "--num-tokens=3840", "--dict-size=64", "--top-k=4",
+    "--num-batches-in-buffer=4", "--batch-size=64", "--num-tokens=3840", "--dict-size=64", "--target-l0=4",
     "--eval-windows=8", "--log-freq=20", "--perf-log-freq=40", "--device=cpu", "--wandb-mode=disabled",
 ]  # fmt: skip
 
@@ -40,7 +40,9 @@ def said(*args: str, **how: object) -> str:
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_help_has_every_field_in_its_group_with_the_default_of_the_sweep(tmp_path: Path, sweep: str) -> None:
     out = said(sweep, "--help", env=os.environ | {"COLUMNS": "80"}, cwd=tmp_path)
-    assert cli.answer(["--help", sweep]) == cli.answer([sweep, "--help"]) == cli.answer([sweep, "--top-k", "3", "-h"])
+    assert (
+        cli.answer(["--help", sweep]) == cli.answer([sweep, "--help"]) == cli.answer([sweep, "--target-l0", "3", "-h"])
+    )
     assert cli.answer(["--model-name", sweep, "--help"]) == cli.answer(["--help"])
     assert max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
     sections = dict(re.findall(r"^([a-z ,]+):\n((?:  .*\n|\n)+)", out + "\n", flags=re.M))
@@ -60,7 +62,7 @@ def test_help_has_every_field_in_its_group_with_the_default_of_the_sweep(tmp_pat
 def test_texts_and_mistakes_are_told_without_the_slow_imports() -> None:
     code = (
         "import sys, main\n"
-        "codes = [main.main([word]) for word in ('--help', 'list', 'completion', '--top-kk', '--top-k=5000')]\n"
+        "codes = [main.main([word]) for word in ('--help', 'list', 'completion', '--top-kk', '--target-l0=5000')]\n"
         "slow = {'torch', 'numpy', 'transformers', 'transformer_lens', 'datasets', 'wandb', 'huggingface_hub'}\n"
         "print(codes, slow & set(sys.modules), file=sys.stderr)"
     )
@@ -68,8 +70,8 @@ def test_texts_and_mistakes_are_told_without_the_slow_imports() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=Path(main.__file__).parent
     )
     assert done.stderr.splitlines() == [
-        "main.py: --top-kk: no such option; did you mean --top-k? python main.py --help lists them",
-        "main.py: top_k = 5000: give at most dict_size, 2048",
+        "main.py: --top-kk: no such option; did you mean --top-k-aux? python main.py --help lists them",
+        "main.py: target_l0 = 5000: give at most dict_size, 2048",
         "[0, 0, 0, 2, 2] set()",
     ]
 
@@ -130,9 +132,9 @@ def test_every_option_is_completed(complete: Callable[[str], list[str]]) -> None
 
 # ---- files of overrides ----
 
-YAML = """top_k: [4, 8]\nlr: 1e-3\nsae_type: topk\nact_size: null\ninput_unit_norm: no\nmodel_name: '7'
+YAML = """target_l0: [4, 8]\nlr: 1e-3\nsae_type: topk\nact_size: null\ninput_unit_norm: no\nmodel_name: '7'
 num_tokens: 2e6"""
-JSON = """{\t"top_k": [4, 8], "lr": 1e-3, "sae_type": "topk", "act_size": null, "input_unit_norm": false,
+JSON = """{\t"target_l0": [4, 8], "lr": 1e-3, "sae_type": "topk", "act_size": null, "input_unit_norm": false,
 "model_name": "7", "num_tokens": 2e6}"""
 
 
@@ -149,19 +151,19 @@ def parsed(tmp_path: Path) -> Callable[..., cli.Options]:
 
 @pytest.mark.parametrize("text", [YAML, JSON], ids=["YAML", "JSON"])
 def test_a_file_is_as_its_options(parsed: Callable, text: str) -> None:
-    words = ["--top-k", "4", "8", "--lr=0.001", "--sae-type=topk", "--act-size=None", "--input-unit-norm=False"]
+    words = ["--target-l0", "4", "8", "--lr=0.001", "--sae-type=topk", "--act-size=None", "--input-unit-norm=False"]
     words += ["--model-name=7", "--num-tokens=2e6"]
     options = parsed(text, "gpt2")
     assert options.cfgs == cli.parse(["gpt2", *words]).cfgs and len(options.cfgs) == 8
-    assert {cfg.top_k for cfg in options.cfgs} == {4, 8} and {cfg.lr for cfg in options.cfgs} == {0.001}
-    assert {type(number) for cfg in options.cfgs for number in (cfg.top_k, cfg.num_tokens)} == {int}
+    assert {cfg.target_l0 for cfg in options.cfgs} == {4, 8} and {cfg.lr for cfg in options.cfgs} == {0.001}
+    assert {type(number) for cfg in options.cfgs for number in (cfg.target_l0, cfg.num_tokens)} == {int}
 
 
 @pytest.mark.parametrize("word, name, value", [
     ("2e6", "num_tokens", 2_000_000), ("9007199254740993", "seed", 2**53 + 1), ("08", "seed", 8), (".5", "lr", 0.5),
-    ("3", "lr", 3), ("4.5", "top_k", 4.5), (True, "top_k", True), ("false", "input_unit_norm", False),
+    ("3", "lr", 3), ("4.5", "target_l0", 4.5), (True, "target_l0", True), ("false", "input_unit_norm", False),
     ("None", "act_size", None), ("none", "model_name", "none"), ("1e6", "model_name", "1e6"),
-    ("inf", "top_k", float("inf")), ("0.25,5e-1,1", "prefixes", (0.25, 0.5, 1)), ("1", "prefixes", (1,)),
+    ("inf", "target_l0", float("inf")), ("0.25,5e-1,1", "prefixes", (0.25, 0.5, 1)), ("1", "prefixes", (1,)),
     ("1,x", "prefixes", (1, "x")),
 ])  # fmt: skip
 def test_words_as_values(word: object, name: str, value: object) -> None:
@@ -181,9 +183,9 @@ def test_a_list_is_one_value_of_a_field_of_several_numbers(parsed: Callable, tex
 
 
 def test_options_win_over_the_file(parsed: Callable) -> None:
-    words = ["--lr", "0.5", "--top-k", "2", "--top_k=3"]
-    cfgs = parsed("top_k: [4, 8]\nlr: [1e-3, .1]\nsae_type: topk\n", *words).cfgs
-    assert [(cfg.sae_type, cfg.top_k, cfg.lr) for cfg in cfgs] == [("topk", 3, 0.5)]
+    words = ["--lr", "0.5", "--target-l0", "2", "--target_l0=3"]
+    cfgs = parsed("target_l0: [4, 8]\nlr: [1e-3, .1]\nsae_type: topk\n", *words).cfgs
+    assert [(cfg.sae_type, cfg.target_l0, cfg.lr) for cfg in cfgs] == [("topk", 3, 0.5)]
 
 
 @pytest.mark.parametrize("text, value", [("sae_type: [[topk]]", "['topk']"), ("sae_type: {a: 1}", "{'a': 1}")])
@@ -224,10 +226,8 @@ def test_a_dry_run_tells_configs_and_sizes(dry: Callable[..., str]) -> None:
     configs, common, *groups = dry(*args).split("\n\n")
     cfgs = [language_model.check_model(cfg) for cfg in cli.parse([*SMALL, *args]).cfgs]  # the name has the width
     lines = [" ".join(line.split()) for line in re.split(r"\n(?! )", configs)]
-    jumprelu = "l1_coeff {0.l1_coeff}, bandwidth 0.03, threshold_init 0.05, "
     for cfg, line in zip(cfgs, lines, strict=True):
-        own = jumprelu.format(cfg) if cfg.sae_type == "jumprelu" else ""
-        assert line == f"{cfg.name} text_seed {cfg.text_seed}, sae_type {cfg.sae_type}, {own}lr {cfg.lr}"
+        assert line == f"{cfg.name} text_seed {cfg.text_seed}, sae_type {cfg.sae_type}, lr {cfg.lr}"
     common = " ".join(common.split())
     assert common.startswith("in each of them model_name tiny-gpt2, layer 1, ") and ", dict_size 64, " in common
 

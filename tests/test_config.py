@@ -14,10 +14,10 @@ FIELDS = [field.name for field in dataclasses.fields(Config)]
 CHANGED = dict(
     model_name="gpt2", layer=1, site="mlp_out", dataset_path="corpus.txt", dataset_name="sample-10BT", seq_len=64,
     model_batch_size=16, num_batches_in_buffer=8, act_size=256, dtype="bfloat16", text_seed=1, num_tokens=500_000,
-    batch_size=1024, sae_type="vanilla", dict_size=1024, top_k=16, l1_coeff=0.1, bandwidth=0.01, threshold_init=0.01,
+    batch_size=1024, sae_type="vanilla", dict_size=1024, target_l0=16, l1_coeff=0.1, bandwidth=0.01,
     prefixes=(0.5, 1.0), top_k_aux=128, aux_penalty=0.1, dead_after_tokens=1000, product_dtype="bfloat16", seed=1,
-    input_unit_norm=False, lr=1e-3,
-    beta1=0.8, beta2=0.999, max_grad_norm=2.0, lr_warmup=0.1, lr_decay=0.1, sparsity_warmup=0.2, device="cuda:1",
+    input_unit_norm=True, lr=1e-3,
+    beta1=0.8, beta2=0.99, max_grad_norm=2.0, lr_warmup=0.1, lr_decay=0.1, sparsity_warmup=0.2, device="cuda:1",
     wandb_project="other", wandb_mode="disabled", log_freq=10, perf_log_freq=10, eval_windows=8, checkpoint_freq=10,
     resume_freq=10, share="saes", output_dir="elsewhere",
 )  # fmt: skip
@@ -26,11 +26,11 @@ OUTPUT = {
     "resume_freq", "share", "output_dir",
 }  # fmt: skip
 UNUSED = {
-    "vanilla": {"top_k", "top_k_aux", "aux_penalty", "bandwidth", "threshold_init", "prefixes"},
-    "topk": {"l1_coeff", "sparsity_warmup", "bandwidth", "threshold_init", "prefixes"},
-    "batchtopk": {"l1_coeff", "sparsity_warmup", "bandwidth", "threshold_init", "prefixes"},
-    "jumprelu": {"top_k", "top_k_aux", "aux_penalty", "prefixes"},
-    "matryoshka": {"l1_coeff", "sparsity_warmup", "bandwidth", "threshold_init"},
+    "vanilla": {"top_k_aux", "aux_penalty", "bandwidth", "prefixes"},
+    "topk": {"l1_coeff", "sparsity_warmup", "bandwidth", "prefixes"},
+    "batchtopk": {"l1_coeff", "sparsity_warmup", "bandwidth", "prefixes"},
+    "jumprelu": {"prefixes"},
+    "matryoshka": {"l1_coeff", "sparsity_warmup", "bandwidth"},
 }
 STREAM = {
     "model_name", "layer", "site", "dataset_path", "dataset_name", "seq_len", "model_batch_size",
@@ -78,8 +78,13 @@ def test_stream_differs_exactly_where_the_activations_do() -> None:
     ["EleutherAI/pythia-70m", "..", "/", "~/a b", "C:\\x", "-rf", "a\nb", "x" * 999, "中" * 99, "é\ud800"],
 )
 def test_name_is_a_plain_file_name(model_name: str) -> None:
-    for settings, label in (({"top_k": 16}, "batchtopk-2048-k-16"), ({"sae_type": "vanilla"}, "vanilla-2048-l1-1e-09")):
-        cfg = Config(model_name=model_name, l1_coeff=1e-9, **settings)
+    vanilla = {"sae_type": "vanilla"}
+    for settings, label in (
+        ({"target_l0": 16, "l1_coeff": 1e-9}, "batchtopk-2048-L0-16"),
+        (vanilla, "vanilla-2048-L0-32"),
+        (vanilla | {"l1_coeff": 1e-9}, "vanilla-2048-l1-1e-09"),
+    ):
+        cfg = Config(model_name=model_name, **settings)
         assert len(cfg.name) < 150 and re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_.-]+", cfg.name)
         assert f"-L2-resid_pre-{label}-" in cfg.name
 
@@ -98,10 +103,8 @@ def test_the_hook_of_each_site() -> None:
     assert all(cfg.reads == cfg.writes == (cfg.hook_name,) for cfg in cfgs)
 
 
-def test_steps_are_whole_batches_and_half_of_them_make_a_latent_dead() -> None:
-    cfgs = [Config(num_tokens=n, batch_size=1000) for n in (1000, 1999, 2000)]
-    assert [cfg.num_steps for cfg in cfgs] == [1, 1, 2] and [cfg.dead_after for cfg in cfgs] == [500, 999, 1000]
-    assert Config(num_tokens=10**9).dead_after == 10_000_000 and Config(dead_after_tokens=7).dead_after == 7
+def test_steps_are_whole_batches() -> None:
+    assert [Config(num_tokens=n, batch_size=1000).num_steps for n in (1000, 1999, 2000)] == [1, 1, 2]
 
 
 def test_the_device_becomes_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,22 +140,22 @@ def test_fields_of_few_values() -> None:
 
 
 POSITIVE = [
-    "model_batch_size", "dict_size", "top_k", "bandwidth", "top_k_aux", "dead_after_tokens", "num_tokens",
+    "model_batch_size", "dict_size", "target_l0", "bandwidth", "top_k_aux", "dead_after_tokens", "num_tokens",
     "batch_size", "lr", "max_grad_norm", "log_freq", "perf_log_freq", "eval_windows", "act_size", "checkpoint_freq",
     "resume_freq",
 ]  # fmt: skip
 REFUSED = [
     *((field, 0, "above 0") for field in POSITIVE),
     *((field, -3, "above 0") for field in POSITIVE),
-    *((field, -1, "0 or more") for field in ("layer", "l1_coeff", "threshold_init", "aux_penalty", "seed")),
+    *((field, -1, "0 or more") for field in ("layer", "l1_coeff", "aux_penalty", "seed")),
     *((field, " ", "give a name") for field in ("model_name", "dataset_path", "wandb_project", "output_dir")),
     ("model_name", "a\0b", "give a name"),
-    *((field, None, "give int") for field in ("layer", "seq_len", "seed", "top_k")),
+    *((field, None, "give int") for field in ("layer", "seq_len", "seed", "target_l0")),
     *((field, "3", "give int or None") for field in ("act_size", "checkpoint_freq")),
     *((field, value, "between 0 and 1") for field in ("lr_warmup", "sparsity_warmup") for value in (-0.1, 1.1)),
     *((field, value, "[0, 1)") for field in ("beta1", "beta2") for value in (-0.1, 1.0)),
     *((field, value, "finite") for field in ("lr", "l1_coeff") for value in (float("nan"), float("inf"))),
-    *((field, True, "give int") for field in ("layer", "top_k")),
+    *((field, True, "give int") for field in ("layer", "target_l0")),
     ("lr", "0.1", "give float"),
     ("dict_size", 2048.0, "give int"),
     ("input_unit_norm", 1, "give bool"),
@@ -164,7 +167,7 @@ REFUSED = [
     ("num_batches_in_buffer", 1, "at least 2"),
     ("lr_decay", 1.1, "between 0 and 1"),
     ("lr_decay", 0.96, "lr_warmup is 0.05"),
-    ("top_k", 2049, "at most dict_size, 2048"),
+    ("target_l0", 2049, "at most dict_size, 2048"),
     ("num_tokens", 2047, "give at least a batch of 2048"),
     ("sae_type", "batch_topk", "did you mean batchtopk? give one of vanilla, topk, batchtopk, jumprelu"),
     ("sae_type", None, "give one of vanilla"),
@@ -186,11 +189,6 @@ def test_bad_values_are_refused_in_one_line(field: str, value: object, remedy: s
     assert message.startswith(f"{field} = {value!r}: ") and remedy in message and "\n" not in message
 
 
-@pytest.mark.parametrize("sae_type", ["vanilla", "jumprelu"])
-def test_top_k_is_no_matter_to_types_without_it(sae_type: str) -> None:
-    Config(sae_type=sae_type, dict_size=8, top_k=32)
-
-
 # ---- the named sweeps ----
 
 
@@ -198,7 +196,10 @@ def test_tiny_sweep_is_four_types_at_three_levels_on_one_stream() -> None:
     cfgs = SWEEPS["tiny"]()
     assert [cfg.sae_type for cfg in cfgs] == [t for t in ("vanilla", "topk", "batchtopk", "jumprelu") for _ in range(3)]
     assert len({cfg.name for cfg in cfgs}) == len(cfgs) and len({cfg.stream for cfg in cfgs}) == 1
-    assert len({(cfg.sae_type, getattr(cfg, cfg.type.sparsity)) for cfg in cfgs}) == 12
+    assert [cfg.target_l0 for cfg in cfgs] == [16, 32, 64] * 4
+    assert {f for cfg in cfgs for f in FIELDS if getattr(cfg, f) != getattr(Config(), f)} == {
+        "sae_type", "target_l0", "num_tokens", "log_freq", "perf_log_freq"
+    }  # fmt: skip
     assert {cfg.model_name for cfg in cfgs} == {"tiny-lm"} and {cfg.wandb_mode for cfg in cfgs} == {"offline"}
 
 
@@ -208,7 +209,29 @@ def test_gpt2_sweep_is_the_batchtopk_paper_s_on_one_stream() -> None:
     assert {(cfg.model_name, cfg.hook_name) for cfg in cfgs} == {("gpt2", "blocks.8.hook_resid_pre")}
     by_type = {t: [c for c in cfgs if c.sae_type == t] for t in TYPES}
     sizes = {(768 * 16, 16), (768 * 16, 32), (768 * 16, 64), (768 * 4, 32), (768 * 8, 32), (768 * 32, 32)}
-    for sae_type in ("topk", "batchtopk"):
-        assert {(cfg.dict_size, cfg.top_k) for cfg in by_type[sae_type]} == sizes and len(by_type[sae_type]) == 6
-    assert len({cfg.l1_coeff for cfg in by_type["jumprelu"]}) == len(by_type["jumprelu"]) == 3
-    assert {cfg.dict_size for cfg in by_type["jumprelu"]} == {768 * 16} and not by_type["vanilla"]
+    for sae_type, expected in (
+        ("topk", sizes),
+        ("batchtopk", sizes),
+        ("jumprelu", {s for s in sizes if s[0] == 12288}),
+    ):
+        found = [(cfg.dict_size, cfg.target_l0) for cfg in by_type[sae_type]]
+        assert {*found} == expected and len(found) == len(expected)
+    assert not by_type["vanilla"] and not by_type["matryoshka"]
+
+
+# ---- the rules ----
+
+
+def test_defaults_depend_on_length_width_and_sparsity() -> None:
+    cfg = Config(num_tokens=488 * 2048)
+    assert cfg.peak_lr == 0.01 and cfg.dead_after == 488 * 2048 // 300
+    assert Config(num_tokens=8 * 488 * 2048).peak_lr == pytest.approx(0.005)
+    assert Config(num_tokens=10**10).dead_after == 10**7  # however long the run
+    assert Config(num_tokens=200_000, dict_size=98304).dead_after == 8 * 98304 // 32  # what is rare is not dead
+    assert Config(lr=0.1).peak_lr == 0.1 and Config(dead_after_tokens=5).dead_after == 5
+
+
+@pytest.mark.parametrize("sae_type", list(TYPES))
+def test_a_coefficient_that_is_given_takes_the_place_of_steering(sae_type: str) -> None:
+    penalised = sae_type in ("vanilla", "jumprelu")
+    assert Config(sae_type=sae_type).steers_l0 is penalised and not Config(sae_type=sae_type, l1_coeff=0).steers_l0

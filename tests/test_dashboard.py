@@ -39,7 +39,7 @@ HOSTILE = "</script><script>window.harmed=1</script><img src=x onerror=window.ha
 
 @pytest.fixture(scope="module")
 def cfg(tiny_gpt2: Path, tiny_text: Path) -> Config:
-    sizes = dict(layer=1, dict_size=48, top_k=6, seq_len=24, model_batch_size=4, batch_size=256)
+    sizes = dict(layer=1, dict_size=48, target_l0=6, seq_len=24, model_batch_size=4, batch_size=256)
     return check_model(Config(model_name=str(tiny_gpt2), dataset_path=str(tiny_text), device="cpu", **sizes))
 
 

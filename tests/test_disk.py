@@ -28,7 +28,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def sae(seed: int, dict_size: int = 4) -> BaseAutoencoder:
-    return build_sae(Config(sae_type="topk", act_size=3, dict_size=dict_size, top_k=2, seed=seed, device="cpu"))
+    return build_sae(Config(sae_type="topk", act_size=3, dict_size=dict_size, target_l0=2, seed=seed, device="cpu"))
 
 
 def in_child(work: Callable[[], object]) -> tuple[int, str]:

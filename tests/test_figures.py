@@ -26,7 +26,7 @@ def frame(*saes: tuple[str, int, float, float, float]) -> pd.DataFrame:
     """Make a table as load_results gives it, of (sae_type, dict_size, l0, explained_variance, ce_recovered)."""
     df = pd.DataFrame(saes, columns=["sae_type", "dict_size", "l0", "explained_variance", "ce_recovered"])
     names = [f"sae-{i}" for i in range(len(df))]
-    return df.assign(run="sweep", name=names, top_k=df["l0"], l1_coeff=0.1 / df["l0"], lr=1e-3, seed=0)
+    return df.assign(run="sweep", name=names, target_l0=df["l0"], l1_coeff=0.1 / df["l0"], lr=1e-3, seed=0)
 
 
 def many(count: int) -> pd.DataFrame:
@@ -109,12 +109,25 @@ def test_lines_join_what_differs_in_its_setting_alone() -> None:
     assert sorted(found) == [[16, 32], [17, 33], [18]]
 
 
+def test_seeds_are_one_point_with_bars() -> None:
+    rows = ((16.0, 0.5, 0.6), (18.0, 0.6, 0.7), (20.0, 0.7, 0.8), (40.0, 0.9, 0.9))
+    df = frame(*(("topk", 2048, *row) for row in rows))
+    df["target_l0"], df["l1_coeff"], df["seed"], df["run"] = [16, 16, 16, 32], None, [0, 1, 2, 2], list("abcd")
+    for axes, metric in zip(plot_pareto(df).axes, (0.6, 0.7)):
+        (line,) = axes.lines
+        np.testing.assert_allclose(line.get_xdata(), [18, 40])
+        np.testing.assert_allclose(line.get_ydata(), [metric, 0.9])
+        horizontal, vertical = (bars.get_segments() for bars in axes.collections)
+        np.testing.assert_allclose(horizontal, [[[16, metric], [20, metric]]])
+        np.testing.assert_allclose(vertical, [[[18, metric - 0.1], [18, metric + 0.1]]])
+
+
 def test_labels_name_every_field_that_the_result_depends_on() -> None:
     df = frame(("topk", 2048, 8, 0.5, 0.6), ("topk", 2048, 8, 0.5, 0.6), ("vanilla", 512, 8, 0.5, 0.6))
     df["top_k_aux"], df["dataset_path"], df["log_freq"] = [256, 512, 128], ["a", "b", "a"], [1, 2, 3]
     assert row_labels(df) == [
-        "k=8, dataset_path a, top_k_aux 256",
-        "k=8, dataset_path b, top_k_aux 512",
+        "L0=8, dataset_path a, top_k_aux 256",
+        "L0=8, dataset_path b, top_k_aux 512",
         "l1=0.0125",
     ]
 
@@ -194,7 +207,7 @@ def test_training_curves_are_lines_and_evaluations_dots() -> None:
     assert (first.get_ydata().tolist(), dot.get_xydata().tolist()) == ([100, 50], [[2000, 50]])
     assert (first.get_linestyle(), dot.get_linestyle(), dot.get_marker()) == ("-", "None", "o")
     assert first.get_color() == dot.get_color() != topk[2].lines[2].get_color()
-    assert legends(figure) == {"TopK": ["k=16", "k=32"], "JumpReLU": ["l1=0.005"]}
+    assert legends(figure) == {"TopK": ["L0=16", "L0=32"], "JumpReLU": ["l1=0.005"]}
 
 
 def test_a_run_too_short_to_log_has_dots() -> None:
@@ -273,7 +286,7 @@ def test_labels_name_what_differs_within_a_type() -> None:
     df = frame(*((t, 2048, 16, 0.5, 0.6) for t in ("topk", "topk", "vanilla")))
     df["lr"], df["seed"] = [1e-3, 1e-3, 3e-3], [0, 1, 0]
     assert legends(plot_training(df, history_of(df))) == {
-        "TopK": ["k=16, seed 0", "k=16, seed 1"],
+        "TopK": ["L0=16, seed 0", "L0=16, seed 1"],
         "Vanilla": ["l1=0.00625"],
     }
 
@@ -282,7 +295,7 @@ def test_labels_name_what_differs_within_a_type() -> None:
 def test_nothing_overlaps(count: int, new_types: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Legends lie on the figure, off the panels and off each other, and panels stay wide, whatever the types."""
     for i in range(new_types):
-        monkeypatch.setitem(TYPES, f"new{i}", SaeType("New", "#000000", "top_k", "k", ("top_k",), "topk"))
+        monkeypatch.setitem(TYPES, f"new{i}", SaeType("New", "#000000", (), "topk"))
     df = many(count)
     values = [np.linspace(0.01, 0.9, 50)] * count
     for figure in (plot_training(df, history_of(df)), plot_cosines(df, values), plot_density(df, values)):

@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, BaseAutoencode
     saes = {}
     for sae_type in SAE_TYPES:
         for seed in (0, 1):
-            cfg = Config(sae_type=sae_type, act_size=2, dict_size=3, top_k=2, l1_coeff=0.1, seed=seed, device="cpu")
+            cfg = Config(sae_type=sae_type, act_size=2, dict_size=3, target_l0=2, l1_coeff=0.1, seed=seed, device="cpu")
             folder = tmp_path_factory.mktemp("saved") / "c"
             saes[folder] = build_sae(cfg)
             save_checkpoint(saes[folder], folder)
@@ -240,7 +240,7 @@ def test_a_command_line_of_anything(first: list[str], options: list[tuple[str, l
 
 
 YAML = st.sampled_from(
-    ["top_k", "lr", ": ", ":", "- ", "[", "]", "{", "}", ",", "\n", "  ", "1e-3", "2", "null", "~", "'"]
+    ["target_l0", "lr", ": ", ":", "- ", "[", "]", "{", "}", ",", "\n", "  ", "1e-3", "2", "null", "~", "'"]
 )
 TAGS = st.sampled_from(
     ["!!int x", "!!float []", "!!timestamp x", "!!bool 3", "!!binary é", "!!set {}", "&a", "*a", "<<: "]

@@ -24,7 +24,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def make(sae_type: str, **fields: object) -> BaseAutoencoder:
-    cfg = Config(**{"sae_type": sae_type, "act_size": 8, "dict_size": 32, "top_k": 4, "device": "cpu"} | fields)
+    cfg = Config(**{"sae_type": sae_type, "act_size": 8, "dict_size": 32, "target_l0": 4, "device": "cpu"} | fields)
     sae = SAE_TYPES[sae_type](cfg)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_a_repository_is_private_if_asked(hub: Hub) -> None:
     push_to_hub(make("topk"), "someone/secret", private=True)
     push_to_hub(make("topk", l1_coeff=2e6), "someone/saes", folder="l1_2e+06")
     assert hub.is_private == {"someone/secret": True, "someone/saes": False}
-    assert load_pretrained("someone/saes:l1_2e+06").cfg.top_k == 4
+    assert load_pretrained("someone/saes:l1_2e+06").cfg.target_l0 == 4
 
 
 def test_a_second_sae_joins_the_first(hub: Hub) -> None:
@@ -158,7 +158,7 @@ def test_names_that_are_none(hub: Hub, repo_id: str, folder: str | None) -> None
 def test_the_card(hub: Hub, tmp_path: Path) -> None:
     sae = make("topk")
     write_run(tmp_path / "a", sae.cfg, l0=4.0, ce_recovered=0.75, of_a_metric_to_come=0.1234567)
-    write_run(tmp_path / "a", replace(sae.cfg, top_k=5), l0=5.0, ce_recovered=0.8765)
+    write_run(tmp_path / "a", replace(sae.cfg, target_l0=5), l0=5.0, ce_recovered=0.8765)
     write_run(tmp_path / "b", sae.cfg)
     push_to_hub(sae, "someone/saes", sweep=tmp_path / "a", folder="a/folder")
     card = hub.repos["someone/saes"]["README.md"].decode()
@@ -170,7 +170,7 @@ def test_the_card(hub: Hub, tmp_path: Path) -> None:
     assert f"A TopK sparse autoencoder: 32 latents of the 8 activations at `{sae.cfg.hook_name}` of `tiny-lm`." in card
     assert "After 7 steps, 14,336 tokens;" in card and "0.8765" not in card
     assert {"| l0 | 4 |", "| ce_recovered | 0.75 |", "| of_a_metric_to_come | 0.123457 |"} <= set(lines)
-    assert "| top_k | `4` |" in lines and "| hook" not in card and "nan" not in card
+    assert "| target_l0 | `4` |" in lines and "| hook" not in card and "nan" not in card
 
     card = model_card(sae, "someone/saes", "a/folder", tmp_path / "b")
     assert "Not evaluated yet." in card and "nan" not in card

@@ -9,11 +9,35 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from config import SITES, Config
-from language_model import check_model, load_model, ordinary_positions, record, replacing
+from language_model import (
+    check_model,
+    computing_once,
+    load_model,
+    logits_at,
+    ordinary_positions,
+    record,
+    replacing,
+)
 
+HOOK = "blocks.2.hook_resid_pre"
 HOOKS = [f"blocks.{layer}.{hook}" for layer in (0, 1) for hook in SITES.values()]
 
 
@@ -126,6 +150,63 @@ def test_replacing_several_hooks_is_what_hugging_face_makes_of_it(
     assert_close(replaced, seen["logits"], atol=1e-4, rtol=1e-4)
     assert_close(given["z"] * scale, seen["blocks.0.attn.hook_z"], atol=1e-5, rtol=1e-4)
     assert_close(given["mlp"] + scale, seen["blocks.1.hook_mlp_out"], atol=1e-5, rtol=1e-4)
+
+
+SMALL = dict(
+    vocab_size=200, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+    max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
+GROUPED = SMALL | dict(num_key_value_heads=1, head_dim=8)
+FAMILIES = {
+    "parallel": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=200, hidden_size=16, n_layer=3, n_head=2)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
+    "qwen": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED)),
+    "soft cap": lambda: Gemma2ForCausalLM(Gemma2Config(**GROUPED, sliding_window=8, final_logit_softcapping=0.1)),
+    "shared keys": lambda: Gemma4ForCausalLM(
+        Gemma4TextConfig(
+            **GROUPED, sliding_window=8, num_kv_shared_layers=1, global_head_dim=8, num_global_key_value_heads=1,
+            layer_types=["sliding_attention", "full_attention", "full_attention"], vocab_size_per_layer_input=200,
+            hidden_size_per_layer_input=4,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_blocks_that_compute_once_and_logits_at_some_positions_change_nothing(
+    tmp_path: Path, word_tokenizer: Callable, family: str
+) -> None:
+    """In any family, to the last bit; and all is as before, even where a pass fails."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made: PreTrainedModel = FAMILIES[family]()
+    made.save_pretrained(tmp_path)
+    word_tokenizer(bos_token="<bos>", eos_token="<eos>").save_pretrained(tmp_path)
+    model = load_model(Config(model_name=str(tmp_path), layer=2, device="cpu"))
+    tokens = torch.randint(4, 200, (3, 20), generator=torch.Generator().manual_seed(0))
+    where = torch.rand(3, 20, generator=torch.Generator().manual_seed(0)) > 0.5
+    changes = ({}, {HOOK: torch.zeros_like}, {HOOK: lambda acts: acts + 1}, {})
+    calls: list[int] = []
+    for layer in (0, 1):
+        model.blocks[layer].ln1.register_forward_hook(lambda *_, layer=layer: calls.append(layer))
+
+    expected = []
+    for change in changes:
+        with replacing(model, change):
+            expected.append(model(tokens, return_type="logits"))
+    assert (expected[0] - expected[1]).abs().max() > 1e-3 and calls == [0, 1] * 4
+    calls.clear()
+    with computing_once(model, 2):
+        for change, logits in zip(changes, expected):
+            with replacing(model, change):
+                assert torch.equal(logits_at(model, tokens, where), logits[where])
+    assert calls == [0, 1] * (4 if family == "shared keys" else 1)
+    with pytest.raises(ZeroDivisionError), computing_once(model, 2), replacing(model, {HOOK: lambda acts: 1 / 0}):
+        logits_at(model, tokens, where)
+    other = model(tokens.flip(1), return_type="logits")
+    assert not torch.equal(other, expected[0]) and torch.equal(model(tokens, return_type="logits"), expected[0])
 
 
 def test_load_model_freezes_the_raw_weights_in_the_dtype(tiny_gpt2: Path) -> None:

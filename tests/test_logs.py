@@ -18,7 +18,9 @@ from sae import build_sae
 
 
 def two_configs(**changes: object) -> list[Config]:
-    small = dict(act_size=6, dict_size=20, top_k=3, batch_size=32, num_tokens=320, layer=1, seq_len=16, device="cpu")
+    small = dict(
+        act_size=6, dict_size=20, target_l0=3, batch_size=32, num_tokens=320, layer=1, seq_len=16, device="cpu"
+    )
     return [Config(sae_type=sae_type, **(small | changes)) for sae_type in ("topk", "jumprelu")]
 
 

@@ -141,7 +141,7 @@ def test_sae_lens_before_version_6(tmp_path: Path, params: Tensors) -> None:
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
     with pytest.warns(UserWarning, match="from before SAELens 6 .*raw weights"):
         sae = load_pretrained(tmp_path)
-    assert (sae.cfg.sae_type, sae.cfg.top_k, sae.cfg.site) == ("topk", K, "z")
+    assert (sae.cfg.sae_type, sae.cfg.target_l0, sae.cfg.site) == ("topk", K, "z")
     assert sae.cfg.model_name == "gpt2"  # which TransformerLens calls gpt2-small
     assert_computes(sae, largest, params)
     save_file(params | {"scaling_factor": torch.full((F,), 1.1)}, tmp_path / "sae_weights.safetensors")
@@ -214,7 +214,7 @@ def assert_refused(folder: Path, says: str) -> None:
         (write_sae_lens, {"metadata": METADATA | {"context_size": "x"}}, "seq_len = 'x': give int"),
         (write_sae_lens, {"metadata": 3}, "does not say its model_name"),
         (write_ae, {"dict_class": "GatedAutoEncoder"}, "dict_class = 'GatedAutoEncoder': .*can be 'AutoEncoder'"),
-        (write_ae, {"k": 2.5}, "top_k = 2.5: give int"),
+        (write_ae, {"k": 2.5}, "target_l0 = 2.5: give int"),
         (write_ae, {"submodule_name": "attention_layer_2"}, "does not say its hook_name"),
         (write_ae, {"layer": "2.x"}, "hook_name = 'blocks.2.x.hook_resid_post': no site"),
         (write_sparsify, {"transcode": True}, "transcode = True"),

@@ -52,7 +52,7 @@ def one_step(fork_all: ForkAll, place: Place) -> dict[int, list[dict[str, dict[s
 @pytest.mark.parametrize("sae_type", ["vanilla", "topk", "jumprelu"])
 def test_a_step_is_that_of_one_process_on_the_whole_batch(one_step: dict, sae_type: str) -> None:
     (alone,), (first, *others) = ([found[sae_type] for found in one_step[processes]] for processes in (1, 3))
-    assert first.keys() == alone.keys() and ("auxk" in first) == (sae_type == "topk")
+    assert first.keys() == alone.keys() and ("auxk" in first) == (sae_type != "vanilla")
     for name, expected in alone.items():
         if name == "smallest of the share":
             continue
@@ -91,7 +91,6 @@ def test_after_50_steps_all_hold_the_same_numbers_from_rows_of_their_own(fork_al
 
     together(fork_all, job="fifty_steps", processes=1, cwd=alone)
     first, second = (load_file(folder / f"rows-{rank}.safetensors") for rank in range(2))
-    assert torch.equal(first["mean"], second["mean"])
     assert len(first["x"]) == len(load_file(alone / "rows-0.safetensors")["x"]) // 2
     # A row tells its window, as no two are alike.
     read, also_read = ({tuple(row.tolist()) for row in found["x"]} for found in (first, second))

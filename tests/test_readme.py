@@ -30,13 +30,13 @@ COMMANDS = [
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with runs/<sweep>, literally so, of one SAE."""
-    sae = build_sae(check_model(Config(sae_type="topk", num_tokens=2048, dict_size=64, top_k=8, device="cpu")))
+    sae = build_sae(check_model(Config(sae_type="topk", num_tokens=2048, dict_size=64, target_l0=8, device="cpu")))
     folder = tmp_path / "runs" / "<sweep>" / sae.cfg.name
     save_checkpoint(sae, folder / "step-000001")
     (folder / "config.json").write_text(json.dumps(sae.cfg.to_dict()))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": 2048, "eval/l0": 8.0}) + "\n")
     save_checkpoint(sae, tmp_path / "runs" / "<sweep>" / "<name>" / "step-000195")
-    (tmp_path / "my.yaml").write_text("top_k: [16, 32]")
+    (tmp_path / "my.yaml").write_text("target_l0: [16, 32]")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

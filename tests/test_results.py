@@ -44,7 +44,7 @@ def twelve(sweep: Path) -> Path:
     """Write four types at three sparsity levels, in an order that is neither the table's nor the plot's."""
     for i, sae_type in enumerate(("jumprelu", "batchtopk", "vanilla", "topk")):
         for k in (32, 64, 16):
-            cfg = Config(sae_type=sae_type, top_k=k, l1_coeff=0.1 / k)
+            cfg = Config(sae_type=sae_type, target_l0=k, l1_coeff=0.1 / k)
             write_sae(sweep, cfg, evaluation(l0=k + i, explained_variance=0.5 + k / 200, ce_recovered=0.6 + k / 200))
     return sweep
 
@@ -52,14 +52,14 @@ def twelve(sweep: Path) -> Path:
 def frame(*saes: tuple[str, int, float, float, float]) -> pd.DataFrame:
     """Make a table as load_results gives it, of (sae_type, dict_size, l0, explained_variance, ce_recovered)."""
     df = pd.DataFrame(saes, columns=["sae_type", "dict_size", "l0", "explained_variance", "ce_recovered"])
-    return df.assign(run="sweep", top_k=32, l1_coeff=0.004, dead_share=0.0625)
+    return df.assign(run="sweep", target_l0=32, l1_coeff=0.004, dead_share=0.0625)
 
 
 # ---- load_results ----
 
 
 def test_columns_of_one_sae(tmp_path: Path) -> None:
-    cfg = Config(sae_type="topk", top_k=16, lr=0.002)
+    cfg = Config(sae_type="topk", target_l0=16, lr=0.002)
     first = evaluation(l0=20.0, explained_variance=0.3, step=200)
     training = {"step": 300, "tokens": 614_400, "train/loss": 0.5, "train/l0": 99.0}
     last = evaluation(l0=15.5, explained_variance=0.75) | {"eval/new_metric": 7.0}
@@ -154,7 +154,11 @@ def test_folders_with_odd_names(tmp_path: Path) -> None:
         ("config.json", b"[" * 100_000, "not JSON"),
         ("config.json", b'{"model_name": ', "not JSON"),
         ("config.json", b'{"sae_type": "topk"}', "no field 'dict_size'"),
-        ("config.json", b'{"sae_type": ["a"], "dict_size": 1, "top_k": 1, "l1_coeff": 1}', "sae_type ['a'] is none of"),
+        (
+            "config.json",
+            b'{"sae_type": ["a"], "dict_size": 1, "target_l0": 1, "l1_coeff": 1}',
+            "sae_type ['a'] is none of",
+        ),
         ("metrics.jsonl", b'{"step": 1}\n{"step": 2, "ev\n{"step": 3}\n', "line 2: not JSON"),
         ("metrics.jsonl", b'{"step": 1}\n3\n{}', "line 2: holds int"),
         ("metrics.jsonl", b'{"step": 1, "eval/l0": {}}', "line 1: 'eval/l0' is not a number"),
@@ -176,7 +180,7 @@ def test_no_evaluation_yet(tmp_path: Path, lines: tuple[dict, ...]) -> None:
     df = load_results(tmp_path)
     assert (df["step"][0], df["tokens"][0]) == ((20, 40_960) if lines else (0, 0))
     assert df[["l0", "explained_variance", "ce_recovered", "dead_share"]].isna().all(axis=None)
-    assert format_table(df).splitlines()[1].split() == ["batchtopk", "2048", "k=32", "-", "-", "-", "-"]
+    assert format_table(df).splitlines()[1].split() == ["batchtopk", "2048", "L0=32", "-", "-", "-", "-"]
 
 
 def test_missing_folder_and_folder_without_runs(tmp_path: Path) -> None:
@@ -206,7 +210,7 @@ def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(df["run"]) == ["a", "a"]
     assert list(df["name"]) == [Config(sae_type="topk").name, Config(sae_type="jumprelu").name]
     sae = df.iloc[0]
-    assert (sae["step"], sae["tokens"], sae["l0"], sae["top_k"]) == (488, 999_424, 31.5, 32)
+    assert (sae["step"], sae["tokens"], sae["l0"], sae["target_l0"]) == (488, 999_424, 31.5, 32)
     assert math.isnan(sae["kl"]) and df["kl"].dtype == np.float64
     assert sae["checkpoint"] is None
     assert "train/loss" not in df and "_step" not in df
@@ -231,11 +235,11 @@ def test_wandb_needs_entity_and_project(source: str) -> None:
 
 
 def test_table_of_two(tmp_path: Path) -> None:
-    write_sae(tmp_path / "s", Config(sae_type="batchtopk", top_k=8), evaluation(7.96, 0.8126, 0.9004))
+    write_sae(tmp_path / "s", Config(sae_type="batchtopk", target_l0=8), evaluation(7.96, 0.8126, 0.9004))
     write_sae(tmp_path / "s", Config(sae_type="jumprelu", l1_coeff=0.004), evaluation(123.4))
     assert format_table(load_results(tmp_path)).splitlines() == [
         "type       dict  setting      L0  expl. var.  CE recovered  dead %",
-        "batchtopk  2048  k=8         8.0       0.813         0.900     6.2",
+        "batchtopk  2048  L0=8        8.0       0.813         0.900     6.2",
         "jumprelu   2048  l1=0.004  123.4       0.800         0.900     6.2",
     ]
 
@@ -243,30 +247,49 @@ def test_table_of_two(tmp_path: Path) -> None:
 def test_table_of_fifteen_is_at_most_80_wide() -> None:
     wide = [(sae_type, 2**20, 131_071.9, -1.23456789e12, -98_765.4321) for sae_type in ("batchtopk", "jumprelu")]
     df = frame(*wide, *(("topk", 2048, 32.0, 0.8, math.nan) for _ in range(13)))
-    df["l1_coeff"] = 0.000123456789
+    df["l1_coeff"], df["target_l0"] = 0.000123456789, range(32, 32 + len(df))
     lines = format_table(df).splitlines()
     assert len(lines) == 16
     assert max(map(len, lines)) <= 80
-    assert "1048576" in lines[1] and "k=32" in lines[1] and "l1=0.000123457" in lines[2]
+    assert "1048576" in lines[1] and "L0=32" in lines[1] and "l1=0.000123457" in lines[2]
 
 
 def test_rows_are_told_apart(tmp_path: Path) -> None:
     for l0, layer, lr in ((8.1, 1, 1e-4), (8.2, 1, 3e-4), (8.3, 2, 1e-4)):
-        write_sae(tmp_path / "s", Config(sae_type="topk", top_k=8, layer=layer, lr=lr), evaluation(l0))
+        write_sae(tmp_path / "s", Config(sae_type="topk", target_l0=8, layer=layer, lr=lr), evaluation(l0))
     vanilla = Config(sae_type="vanilla", l1_coeff=0.004, layer=5, lr=1)
     write_sae(tmp_path / "s", vanilla, evaluation(123.4))
-    write_sae(tmp_path / "s", replace(vanilla, dict_size=64, top_k=9), evaluation(60))  # which it does not use
+    write_sae(tmp_path / "s", replace(vanilla, dict_size=64, target_l0=9), evaluation(60))  # which it does not use
     assert format_table(load_results(tmp_path)).splitlines() == [
-        "type     dict  setting           L0  expl. var.  CE recovered  dead %",
-        "vanilla    64  l1=0.004        60.0       0.800         0.900     6.2",
-        "vanilla  2048  l1=0.004       123.4       0.800         0.900     6.2",
-        "topk     2048  k=8, layer 1,    8.1       0.800         0.900     6.2",
+        "type     dict  setting            L0  expl. var.  CE recovered  dead %",
+        "vanilla    64  l1=0.004         60.0       0.800         0.900     6.2",
+        "vanilla  2048  l1=0.004        123.4       0.800         0.900     6.2",
+        "topk     2048  L0=8, layer 1,    8.1       0.800         0.900     6.2",
         "               lr 0.0001",
-        "topk     2048  k=8, layer 1,    8.2       0.800         0.900     6.2",
+        "topk     2048  L0=8, layer 1,    8.2       0.800         0.900     6.2",
         "               lr 0.0003",
-        "topk     2048  k=8, layer 2,    8.3       0.800         0.900     6.2",
+        "topk     2048  L0=8, layer 2,    8.3       0.800         0.900     6.2",
         "               lr 0.0001",
     ]
+
+
+def test_seeds_are_one_row_with_their_spread(tmp_path: Path) -> None:
+    """Means of 7.9, 8.1 and 8.3 and so on, and their standard deviations, such as 0.2."""
+    for seed, more in enumerate((-1, 0, 1)):
+        cfg = Config(sae_type="matryoshka", dict_size=12288, target_l0=8, seed=seed)
+        write_sae(tmp_path / "s", cfg, evaluation(8.1 + 0.2 * more, 0.8126 + 0.002 * more, 0.9 + 0.1 * more))
+    write_sae(tmp_path / "s", replace(cfg, target_l0=16), evaluation(123.4))
+    write_sae(tmp_path / "s", Config(sae_type="topk", target_l0=16), evaluation(16))
+    df = load_results(tmp_path)
+    lines = format_table(df).splitlines()
+    assert lines == [
+        "type         dict  setting             L0   expl. var.  CE recovered   dead %",
+        "topk         2048  L0=16             16.0        0.800         0.900      6.2",
+        "matryoshka  12288  L0=8, 3 seeds  8.1 ±.2  0.813 ±.002   0.900 ±.100  6.2 ±.0",
+        "matryoshka  12288  L0=16            123.4        0.800         0.900      6.2",
+    ]
+    assert max(map(len, lines)) <= 80
+    assert len(df) == 5
 
 
 def test_table_of_several_sweeps_names_each() -> None:
@@ -276,13 +299,13 @@ def test_table_of_several_sweeps_names_each() -> None:
 
 
 def test_a_type_needs_only_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TYPES, "new", SaeType("New", "#000000", "top_k", "kk", ("top_k",), "topk"))
+    monkeypatch.setitem(TYPES, "new", SaeType("New", "#000000", (), "topk"))
     monkeypatch.setitem(HINTS, "sae_type", str)  # which has the names of the types
-    write_sae(tmp_path / "s", Config(sae_type="new", top_k=8, l1_coeff=0.5), evaluation(8.0))
+    write_sae(tmp_path / "s", Config(sae_type="new", target_l0=8, l1_coeff=0.5), evaluation(8.0))
     write_sae(tmp_path / "s", Config(sae_type="jumprelu"), evaluation(9.0))
     df = load_results(tmp_path)
     assert list(df["sae_type"]) == ["jumprelu", "new"]
-    assert format_table(df).splitlines()[2].split()[:3] == ["new", "2048", "kk=8"]
+    assert format_table(df).splitlines()[2].split()[:3] == ["new", "2048", "L0=8"]
 
 
 # ---- for the figures ----
@@ -302,7 +325,7 @@ def test_history_has_every_line(tmp_path: Path) -> None:
 
 
 def test_decoder_cosines_are_of_the_latest_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = Config(act_size=3, dict_size=4, top_k=1, device="cpu")
+    cfg = Config(act_size=3, dict_size=4, target_l0=1, device="cpu")
     folder = write_sae(tmp_path / "s", cfg, evaluation(30.0))
     write_sae(tmp_path / "s", Config(sae_type="vanilla"), evaluation(30.0))
     for step, last in ((7, [0.0, 0, 1]), (12, [0.6, 0, 0.8])):

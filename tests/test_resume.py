@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 SWEEP = [
     "--model-name=tiny-gpt2", "--dataset-path=animals.txt", "--layer=1", "--seq-len=32", "--model-batch-size=8",
-    "--num-batches-in-buffer=4", "--batch-size=64", "--num-tokens=3840", "--dict-size=64", "--top_k=4",
-    "--l1-coeff=0.01", "--lr=0.01", "--eval-windows=8", "--log-freq=10", "--perf-log-freq=30", "--checkpoint-freq=20",
+    "--num-batches-in-buffer=4", "--batch-size=64", "--num-tokens=3840", "--dict-size=64", "--target_l0=4",
+    "--lr=0.01", "--eval-windows=8", "--log-freq=10", "--perf-log-freq=30", "--checkpoint-freq=20",
     "--resume-freq=7", "--device=cpu", "--wandb-mode=disabled", "--dead-after-tokens=640", "--text-seed", "0",
     "1",
     "--sae-type", "topk", "jumprelu",

@@ -23,6 +23,9 @@ PARAMETERS = ["W_enc", "b_enc", "W_dec", "b_dec"]
 EXACT = dict(rtol=1e-9, atol=1e-11)
 
 all_types = pytest.mark.parametrize("sae_type", list(SAE_TYPES))
+chosen_types = pytest.mark.parametrize(
+    "sae_type", [name for name, row in TYPES.items() if "l1_coeff" not in row.fields]
+)
 auxk_types = pytest.mark.parametrize("sae_type", [name for name, row in TYPES.items() if "aux_penalty" in row.fields])
 
 
@@ -37,9 +40,8 @@ def density(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def config(sae_type: str = "topk", **changes: object) -> Config:
     small = dict(
-        act_size=D, dict_size=F, top_k=3, prefixes=(0.1, 0.5, 1.0), l1_coeff=0.1,
-        bandwidth=0.6, threshold_init=0.5, top_k_aux=3,
-        aux_penalty=1 / 32, dead_after_tokens=100, input_unit_norm=False, device="cpu",
+        act_size=D, dict_size=F, target_l0=3, prefixes=(0.1, 0.5, 1.0), bandwidth=0.6, top_k_aux=3,
+        aux_penalty=1 / 32, dead_after_tokens=100, device="cpu",
     )  # fmt: skip
     return Config(sae_type=sae_type, **(small | changes))
 
@@ -60,6 +62,8 @@ def make_sae(sae_type: str, dead: Sequence[int] = (), **changes: object) -> Base
         sae.input_scale.fill_(1.7)
         if sae_type == "jumprelu":
             sae.threshold.copy_(0.2 + 0.5 * random(F).abs())
+        if sae_type == "vanilla":
+            sae.steering.copy_(torch.tensor([0.7, -0.2]))
         if "threshold" in dict(sae.named_buffers()):
             sae.threshold.fill_(0.4)
         sae.tokens_since_fired[list(dead)] = sae.cfg.dead_after
@@ -72,10 +76,11 @@ def rows(*shape: int, seed: int = 0, mean: float = 0.5) -> Tensor:
 
 def reference_of(sae: BaseAutoencoder, x: Tensor) -> Reference:
     cfg, params = sae.cfg, dict(sae.named_parameters())
-    params |= {name: buffer for name, buffer in sae.named_buffers() if name == "threshold"}
-    same = ("input_unit_norm", "top_k", "l1_coeff", "aux_penalty", "top_k_aux")
+    params |= {name: buffer for name, buffer in sae.named_buffers() if name in ("threshold", "steering")}
+    same = ("input_unit_norm", "target_l0", "l1_coeff", "aux_penalty", "top_k_aux")
     options = {field: getattr(cfg, field) for field in same}
     options |= dict(eps=cfg.bandwidth * 1.7, dead=sae.dead, widths=[round(share * F) for share in cfg.prefixes])
+    options["scale"] = 1.7
     return reference(cfg.sae_type, params, x, training=sae.training, **options)
 
 
@@ -98,15 +103,16 @@ def across(gradient: Tensor, W_dec: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("l1_coeff", [None, 0.1], ids=["steered", "fixed"])
 @pytest.mark.parametrize("input_unit_norm", [True, False], ids=["normalised", "raw"])
 @all_types
 def test_outputs_losses_and_all_gradients_equal_the_reference(
-    density: float, sae_type: str, input_unit_norm: bool, training: bool
+    density: float, sae_type: str, input_unit_norm: bool, l1_coeff: float | None, training: bool
 ) -> None:
-    sae = make_sae(sae_type, dead=DEAD, input_unit_norm=input_unit_norm).train(training)
+    sae = make_sae(sae_type, dead=DEAD, input_unit_norm=input_unit_norm, l1_coeff=l1_coeff).train(training)
     expected = reference_of(sae, rows(B))
     row = sae.cfg.type
-    always_sparse = row.sparsity == "top_k" and (training or row.sae_lens == "topk")
+    always_sparse = "l1_coeff" not in row.fields and (training or row.sae_lens == "topk")
     for x in (rows(B), rows(B).requires_grad_()):
         out = sae(x)
         assert (out.latents.support is None) == (density == 0.0 and not always_sparse)
@@ -127,12 +133,13 @@ def test_outputs_losses_and_all_gradients_equal_the_reference(
         ("batchtopk", "auxk", PARAMETERS),
         ("matryoshka", "auxk", PARAMETERS),
         ("jumprelu", "l0", ["threshold"]),
+        ("jumprelu", "auxk", PARAMETERS),
     ],
 )
 def test_a_loss_term_reaches_these_parameters_and_no_other(sae_type: str, term: str, reached: list[str]) -> None:
     sae, x = make_sae(sae_type, dead=DEAD), rows(B).requires_grad_()
     losses = sae(x).losses
-    assert list(losses) == ["mse", term]
+    assert term in losses and next(iter(losses)) == "mse"
     found = gradients(sae, losses, x)
     assert {name for name, grad in found[term].items() if grad.any()} - {"x"} == set(reached)
     assert all(grad.any() for grad in found["mse"].values())
@@ -147,7 +154,7 @@ def test_gradient_of_W_enc_is_stored_latent_by_latent(density: float, sae_type: 
     assert sae.W_enc.stride() == made.stride() == sae.W_enc.grad.stride() == (1, D)
 
 
-@auxk_types
+@chosen_types
 def test_nothing_of_batch_times_dict_size_is_saved_for_backward(sae_type: str) -> None:
     sae, sizes = make_sae(sae_type, dead=DEAD), []
 
@@ -192,9 +199,9 @@ def test_two_decodings_and_two_backward_passes_share_gradient_memory(dead: list[
         x = rows(B, seed=seed)
         sae(x).loss.backward()
         pre = (x - b_dec) @ W_enc + b_enc
-        acts = torch.relu(pre) * torch.stack([largest(row, sae.cfg.top_k) for row in pre])
+        acts = torch.relu(pre) * torch.stack([largest(row, sae.cfg.target_l0) for row in pre])
         y_hats = torch.stack([acts / 2, acts]) @ W_dec + b_dec
-        loss = (y_hats - x).pow(2).mean()
+        loss = (y_hats - x).pow(2).mean() / 1.7**2
         if dead:
             loss = loss + auxk(pre[:, dead], W_dec[dead], (x - y_hats[1]).detach(), sae.cfg.top_k_aux) / 32
         loss.backward()
@@ -209,11 +216,12 @@ def test_jumprelu_steps_on_pre_activations_within_an_open_window(density: float)
     """One latent with weight 1 and no bias, so that pre = x: every number is exact."""
     theta, eps, l1_coeff = 0.5, 0.25, 0.125
     pre = [0.375, 0.4375, 0.5, 0.5625, 0.625, 2.0, 0.0, -0.5]  # an edge, inside, threshold, inside, an edge, outside
-    cfg = config("jumprelu", act_size=1, dict_size=1, top_k=1, l1_coeff=l1_coeff, bandwidth=eps, threshold_init=theta)
+    cfg = config("jumprelu", act_size=1, dict_size=1, target_l0=1, l1_coeff=l1_coeff, bandwidth=eps)
     sae = build_sae(cfg).double()
     with torch.no_grad():
         sae.W_enc.fill_(1)
         sae.W_dec.fill_(1)
+        sae.threshold.fill_(theta)
     out = sae(torch.tensor(pre, dtype=torch.float64)[:, None])
     assert out.latents.to_dense().flatten().tolist() == [0, 0, 0, 0.5625, 0.625, 2, 0, 0]
     assert out.losses["l0"] == l1_coeff * 3 / 8
@@ -225,19 +233,22 @@ def test_jumprelu_steps_on_pre_activations_within_an_open_window(density: float)
 
 @pytest.mark.parametrize("input_unit_norm", [True, False])
 @all_types
-def test_initialise_from_sets_b_dec_and_the_scale_of_thresholds_and_window(
+def test_initialise_from_sets_b_dec_the_scale_and_thresholds_above_which_twice_target_l0_fire(
     sae_type: str, input_unit_norm: bool
 ) -> None:
     sae = build_sae(config(sae_type, input_unit_norm=input_unit_norm)).double()
     assert sae.input_scale == 0
     x = 30 + 5 * rows(50) * torch.arange(1, D + 1)
     z = sae.normalise(x)[0]
-    scale = (z - z.mean(dim=0)).norm(dim=1).square().mean().sqrt()
+    scale = (z - z.mean(dim=0)).square().mean().sqrt()
     sae.initialise_from(x.view(5, 10, D))
     assert_close(sae.b_dec.data, z.mean(dim=0))
     assert_close(sae.input_scale, scale)
+    if "l1_coeff" in sae.cfg.type.fields:
+        fired = (sae.eval()(x).latents.to_dense() > 0).sum().item()
+        assert fired == pytest.approx(2 * 3 * 50, abs=1)  # one is at the floor itself
     if sae_type == "jumprelu":
-        assert_close(sae.threshold.data, (0.5 * scale).expand(F))
+        assert (sae.threshold == sae.threshold[0]).all() and not sae.b_enc.any()
         assert_close(sae.eps, 0.6 * scale)
 
 
@@ -268,7 +279,7 @@ def test_auxk_is_the_unexplained_share_of_the_error_and_b_dec_is_no_part_of_it(s
         sae.b_dec.fill_(3)
         sae.W_dec[DEAD] = 0
     losses = sae(torch.cat([3 + u, 3 - u])).losses
-    assert_close(losses["mse"], u.square().mean())
+    assert_close(losses["mse"], u.square().mean() / 1.7**2)
     assert_close(losses["auxk"].item(), 1 / 32)
 
 
@@ -307,7 +318,7 @@ def test_counters_count_training_tokens_and_restart_on_firing(density: float, sa
 
 def smallest_kept(sae: BaseAutoencoder, x: Tensor) -> Tensor:
     pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).detach().flatten()
-    return pre.sort(descending=True).values[sae.cfg.top_k * len(x) - 1]
+    return pre.sort(descending=True).values[sae.cfg.target_l0 * len(x) - 1]
 
 
 def move_threshold(sae: BaseAutoencoder, x: Tensor) -> None:
@@ -348,7 +359,7 @@ def test_batchtopk_fires_k_latents_per_token_in_evaluation_too() -> None:
     for seed in range(200):
         move_threshold(sae, rows(64, seed=seed))
     fired = (sae.encode(rows(4000, seed=999)) > 0).sum(dim=1).double().mean().item()
-    assert fired == pytest.approx(sae.cfg.top_k, rel=0.05)
+    assert fired == pytest.approx(sae.cfg.target_l0, rel=0.05)
 
 
 @pytest.mark.parametrize("input_unit_norm", [True, False])

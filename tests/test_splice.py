@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from analysis.splice import splice
 from config import Config
-from evaluation import evaluate
+from evaluation import HeldOut, evaluate
 from language_model import check_model, load_model, record
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 
@@ -25,7 +25,7 @@ NORM = pytest.mark.parametrize("input_unit_norm", [True, False], ids=["norm", "r
 
 @pytest.fixture(scope="module")
 def cfg(tiny_gpt2: Path) -> Config:
-    return check_model(Config(model_name=str(tiny_gpt2), layer=1, dict_size=64, top_k=4, seq_len=12, device="cpu"))
+    return check_model(Config(model_name=str(tiny_gpt2), layer=1, dict_size=64, target_l0=4, seq_len=12, device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def make(cfg: Config, model: TransformerBridge, tokens: Tensor) -> Callable[...,
     """Make SAEs in float64, none of whose parameters is where it starts: thresholds, biases and encoders have moved."""
 
     def sae(**changes: object) -> BaseAutoencoder:
-        sae = build_sae(Config(**cfg.to_dict() | {"threshold_init": 0.1} | changes)).double()
+        sae = build_sae(Config(**cfg.to_dict() | changes)).double()
         sae.initialise_from(at_hook(model, tokens, sae.cfg.hook_name).flatten(0, 1))
         rng = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -73,7 +73,7 @@ def dense(sae: BaseAutoencoder, x: Tensor, factors: Tensor | float, error_term: 
     if sae.cfg.sae_type == "vanilla":
         f = pre.clamp(min=0)
     elif sae.cfg.sae_type == "topk":
-        f = pre.clamp(min=0) * (pre >= pre.topk(sae.cfg.top_k).values[:, -1:])
+        f = pre.clamp(min=0) * (pre >= pre.topk(sae.cfg.target_l0).values[:, -1:])
     else:
         f = torch.where(pre > sae.threshold, pre, 0)
     error = x - ((f @ sae.W_dec + sae.b_dec) * std + mean) if error_term else 0
@@ -180,7 +180,7 @@ def test_several_saes_and_heads(make: Callable, model: TransformerBridge, tokens
 
 def test_cross_entropy_is_that_of_evaluate(cfg: Config, make: Callable, tokens: Tensor) -> None:
     model, sae = load_model(cfg), make().float().train()
-    (metrics,) = evaluate(model, [sae], tokens, torch.zeros(16))
+    (metrics,) = evaluate(HeldOut(model, tokens, sae.cfg), [sae])
     with torch.no_grad(), splice(model, sae):
         logits = model(tokens)
     counted = tokens[:, :-1] != EOS
@@ -273,7 +273,7 @@ def test_all_is_as_it_was_also_after_exceptions(make: Callable, model: Transform
     with pytest.raises(RuntimeError), splice(model, sae), model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", fail)]):
         model(tokens)
     assert hooks(model) == before
-    wide = build_sae(Config(layer=1, act_size=24, dict_size=64, top_k=4, device="cpu"))
+    wide = build_sae(Config(layer=1, act_size=24, dict_size=64, target_l0=4, device="cpu"))
     with splice(model, wide), pytest.raises(ValueError, match=r"give floating-point activations \[..., 24\]"):
         model(tokens)
     with model.hooks(fwd_hooks=[(PRE, lambda acts, hook: seen.append(1))]):  # the user's own hook stays

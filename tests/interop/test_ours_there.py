@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint import save_checkpoint
 from config import Config
-from evaluation import evaluate
+from evaluation import HeldOut, evaluate
 from interop.hub import push_to_hub
 from language_model import load_model, ordinary_positions, record, replacing
 from sae import SAE_TYPES, BaseAutoencoder
@@ -30,7 +30,14 @@ WIDTH = 16  # of tiny_gpt2
 
 def make(sae_type: str, norm: bool, **fields: object) -> BaseAutoencoder:
     """Make an SAE with every parameter away from where it starts."""
-    fields = {"layer": 1, "site": "resid_pre", "act_size": WIDTH, "dict_size": 64, "top_k": 8, "device": "cpu"} | fields
+    fields = {
+        "layer": 1,
+        "site": "resid_pre",
+        "act_size": WIDTH,
+        "dict_size": 64,
+        "target_l0": 8,
+        "device": "cpu",
+    } | fields
     sae = SAE_TYPES[sae_type](Config(sae_type=sae_type, input_unit_norm=norm, **fields))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
@@ -165,7 +172,7 @@ def test_evaluations(
     assert 0 < scalars["sparsity"]["l0"] < 64 and len(features["feature_density"]) == 64
     assert scalars["model_performance_preservation"]["ce_loss_with_sae"] > 0
 
-    (ours,) = evaluate(model, [sae], windows, torch.zeros(WIDTH))
+    (ours,) = evaluate(HeldOut(model, windows, sae.cfg), [sae])
     losses = get_recons_loss(theirs, hooked, ActivationScaler(), windows, True, True, ignore_tokens=[0])
     counted = ordinary_positions(windows, model.tokenizer)[:, :-1]
     for our_name, name in {"ce": "ce_loss_with_sae", "ce_clean": "ce_loss_without_sae"}.items():
