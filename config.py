@@ -222,8 +222,8 @@ class Config(Run, Optimisation, Dictionary, Stream):
 
     @property
     def peak_lr(self) -> float:
-        """`lr`, or its default: 0.01 for a run of 488 steps, less for a longer one."""
-        return self.lr or 0.01 * (488 / self.num_steps) ** (1 / 3)
+        """`lr`, or its default: 0.01 for a run of at most 488 steps, less for a longer one."""
+        return self.lr or 0.01 * min(1.0, 488 / self.num_steps) ** (1 / 3)
 
     @property
     def rules(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """How well each type recovers known features, which no metric of reconstruction can tell.
 
-    python benchmarks/ground_truth.py                        # 90 SAEs: minutes on 2 cores
+    python benchmarks/ground_truth.py                        # 90 SAEs
     python benchmarks/ground_truth.py --peers --figure recovery.png   # beside sae-lens' trainers
 
 Activations are sums of a few of 4 * act_size features (`World`), and the SAEs, which have as many latents, are trained

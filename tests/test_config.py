@@ -225,6 +225,7 @@ def test_gpt2_sweep_is_the_batchtopk_paper_s_on_one_stream() -> None:
 def test_defaults_depend_on_length_width_and_sparsity() -> None:
     cfg = Config(num_tokens=488 * 2048)
     assert cfg.peak_lr == 0.01 and cfg.dead_after == 488 * 2048 // 300
+    assert Config(num_tokens=100 * 2048).peak_lr == 0.01  # a higher one leaves most latents dead
     assert Config(num_tokens=8 * 488 * 2048).peak_lr == pytest.approx(0.005)
     assert Config(num_tokens=10**10).dead_after == 10**7  # however long the run
     assert Config(num_tokens=200_000, dict_size=98304).dead_after == 8 * 98304 // 32  # what is rare is not dead

@@ -11,6 +11,7 @@ import torch
 
 import results
 from analysis.dashboard import dashboard_parser
+from analysis.measure import evaluate_parser
 from checkpoint import save_checkpoint
 from config import Config
 from language_model import check_model
@@ -20,6 +21,7 @@ from sae import build_sae
 ROOT = Path(results.__file__).parent
 PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMAND = re.compile(r"\b(?:python|torchrun)\b[^`\n]*?\b(main|results)\.py\b([^`\n)]*)")
+BENCHMARKS = ("step", "stream", "sweep", "dashboard", "ground_truth", "findings", "quality")
 COMMANDS = [
     (program, shlex.split(words, comments=True))
     for name in ("README.md", "CLAUDE.md")
@@ -55,7 +57,7 @@ def test_python(here: Path) -> None:
 def test_options_of_benchmarks_are_some() -> None:
     """argparse takes --no-x of an option --x that is yes or no."""
     found = re.findall(r"python (benchmarks/\w+\.py)([^`\n#]*)", (ROOT / "README.md").read_text())
-    assert {name for name, _ in found} == {f"benchmarks/{name}.py" for name in ("step", "stream", "sweep", "dashboard")}
+    assert {name for name, _ in found} == {f"benchmarks/{name}.py" for name in BENCHMARKS}
     for name, words in found:
         known = re.findall(r'add_argument\("(--[a-z0-9-]+)"', (ROOT / name).read_text())
         options = [word.replace("--no-", "--") for word in words.split() if word.startswith("--")]
@@ -73,6 +75,6 @@ def test_commands(here: Path, program: str, words: list[str]) -> None:
         options = None if cli.answer(words) else cli.parse(words)
         assert options is None or options.resume or options.cfgs
     else:
-        dashboard = words[0] == "dashboard"
-        parser = dashboard_parser() if dashboard else results.table_parser()
-        parser.parse_args(words[dashboard:])
+        parsers = {"dashboard": dashboard_parser, "evaluate": evaluate_parser}
+        parser = parsers.get(words[0], results.table_parser)()
+        parser.parse_args(words[words[0] in parsers :])
