@@ -9,7 +9,6 @@ requirements-bench.txt. The whole grid takes days on 2 cores: run it in pieces.
 """
 
 import json
-import math
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
@@ -166,7 +165,7 @@ def ahead(ours: list[Result], theirs: list[Result]) -> tuple[float, float]:
 def row(library: str, runs: list[Result], of_ours: list[Result]) -> dict[str, str]:
     """Format a row of the table; in percent what is a share."""
     lr = {result["lr"] for result in runs}.pop()
-    low, high = ahead(of_ours, runs) if of_ours else (math.nan, math.nan)
+    low, high = ahead(of_ours, runs) if of_ours else (0.0, 0.0)
     return {
         "": library,
         "rate": f"{lr:g}" if lr else "own",
@@ -175,7 +174,7 @@ def row(library: str, runs: list[Result], of_ours: list[Result]) -> dict[str, st
         "L0": f"{mean(runs, 'l0'):.1f}",
         "silent": f"{100 * mean(runs, 'silent'):.0f}",
         "s": f"{mean(runs, 'seconds'):.0f}",
-        "ours ahead by": f"{100 * low:+.2f} to {100 * high:+.2f}" if library != "ours" else "",
+        "ours ahead by": f"{100 * low:+.2f} to {100 * high:+.2f}" if of_ours and library != "ours" else "",
     }
 
 
