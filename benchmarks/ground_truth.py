@@ -337,7 +337,8 @@ def draw(found: list[Cell]) -> Figure:
             axes.tick_params(**TICKS)
     handles, labels = panels[0][0].get_legend_handles_labels()
     title = "target_l0 is half, once and twice the true L0; larger dots are larger L0s"
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, title=title, title_fontsize=8)
+    layout = dict(ncols=5, fontsize=7.5, handlelength=1.6, columnspacing=1, title=title, title_fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", **layout)
     return figure
 
 

@@ -29,10 +29,11 @@ class Contender(NamedTuple):
 
 
 def contender(
-    library: str, sae_type: str, dict_size: int, k: int, num_steps: int, x: Tensor, lr: float | None = None
+    library: str, sae_type: str, dict_size: int, k: float, num_steps: int, x: Tensor, lr: float | None = None
 ) -> Contender:
     """Prepare the training of a library's dictionary, at its own learning rate if none is given.
 
+    k is the target L0; of sae_lens' vanilla, which has none, it is the coefficient of L1.
     The batch x [batch, act_size], the first of num_steps, tells libraries that scale their inputs by how much.
     """
     return LIBRARIES[library](sae_type, dict_size, k, num_steps, x, lr)
@@ -46,6 +47,7 @@ def _sae_lens(sae_type: str, dict_size: int, k: int, num_steps: int, x: Tensor, 
 
     quadratic = dict(jumprelu_sparsity_loss_mode="quadratic", target_l0=k, l0_coefficient=5.0, jumprelu_bandwidth=0.01)
     architecture, fields = {
+        "vanilla": ("standard", dict(l1_coefficient=k)),
         "topk": ("topk", dict(k=k)),
         "batchtopk": ("batchtopk", dict(k=k)),
         "matryoshka": (

@@ -114,12 +114,12 @@ def test_metrics_of_rows(dtype: torch.dtype, sparse: bool) -> None:
 
 
 def test_variance_is_that_about_a_mean_that_is_large_beside_it() -> None:
-    """Deviations of 2, -1 and -1 from 2^22 + 1, and errors of 1/2, in float32, which could not sum 90,000 such rows."""
+    """Deviations of 2000, -1000 and -1000 from 2^22 + 1000, and errors of 500; float32 could not sum 90,000 rows."""
     sae = build_sae(Config(act_size=2, dict_size=3, target_l0=2, device="cpu"))
-    x = 2**22 + torch.tensor([3.0, 0.0, 0.0]).repeat(30_000)[:, None].expand(-1, 2)
+    x = 2**22 + torch.tensor([3000.0, 0.0, 0.0]).repeat(30_000)[:, None].expand(-1, 2)
     none = torch.zeros(len(x), 3)
-    out = SAEOutput(x + 0.5, SparseLatents(none, none, None, x[None]), {"mse": torch.zeros(())})
-    assert training_metrics(sae, x, out)["train/explained_variance"] == pytest.approx(1 - 0.25 / 2, rel=1e-12)
+    out = SAEOutput(x + 500, SparseLatents(none, none, None, x[None]), {"mse": torch.zeros(())})
+    assert training_metrics(sae, x, out)["train/explained_variance"] == pytest.approx(1 - 0.25 / 2, rel=1e-12, abs=0)
 
 
 def test_metrics_of_predictions() -> None:
