@@ -228,7 +228,8 @@ class Config(Run, Optimisation, Dictionary, Stream):
     @property
     def rules(self) -> dict[str, float]:
         """The values that rules give to fields that are None."""
-        return {"lr": float(f"{self.peak_lr:.3g}"), "dead_after_tokens": self.dead_after}
+        values = {"lr": float(f"{self.peak_lr:.3g}"), "dead_after_tokens": self.dead_after}
+        return {field: value for field, value in values.items() if getattr(self, field) is None}
 
     @property
     def steers_l0(self) -> bool:

@@ -78,13 +78,12 @@ class Trainer:
         sae.l1_coeff = sparsity_coefficient(cfg, step)
         out = sae(x)
         (out.loss / ranks.count()).backward()
-        for (name, p), view, unit, group in zip(
-            sae.named_parameters(), self.views, self.units, self.optimizer.param_groups
-        ):
+        lr, groups = learning_rate(cfg, step), self.optimizer.param_groups
+        for (name, p), view, unit, group in zip(sae.named_parameters(), self.views, self.units, groups):
             view.grad = p.grad if p.is_contiguous() else p.grad.t()
             if unit != 1:
                 view.grad *= unit
-            group["lr"] = learning_rate(cfg, step) * unit * (THRESHOLD_LR if name == "threshold" else 1)
+            group["lr"] = lr * unit * (THRESHOLD_LR if name == "threshold" else 1)
         ranks.add_([view.grad for view in self.views])
         sae.project_decoder_gradient()
         norms = torch.stack([view.grad.norm() for view in self.views])
@@ -98,7 +97,7 @@ class Trainer:
         sae.lent.memory.free()
         sae.constrain()
         sae.after_step(out.latents)
-        if step + 1 == cfg.num_steps:
+        if step + 1 == cfg.num_steps and self.failure() is None:
             sae.finish(sae.normalise(x)[0])
         self._count_dead()
         self.steps = step + 1
@@ -256,6 +255,10 @@ class _Loop:
                 raise Stopped(f"stopped after step {done:,} of {cfg.num_steps:,}")
         bar.close()
         tqdm.write(f"{_number(self.saes)}: {(cfg.num_steps - first) * cfg.batch_size / in_steps:,.0f} tokens/s")
+        for sae, found in zip(self.saes, self.results):
+            if sae.cfg.l1_coeff is None and abs(found["l0"] / sae.cfg.target_l0 - 1) > MISSED:
+                missed = f"its L0 is {found['l0']:.1f} on held-out text; train longer to come nearer"
+                tqdm.write(f"{sae.cfg.name}:\n  {missed}")  # two lines of at most 80 columns
         return self.results
 
     def _step(self, trainer: Trainer, rows: dict[str, Tensor], step: int, is_log_step: bool) -> dict[str, float]:
@@ -272,9 +275,6 @@ class _Loop:
     def _evaluate(self, done: int) -> None:
         self.results = evaluate(self.held_out, self.saes)
         self._log(done, [{f"eval/{name}": value for name, value in found.items()} for found in self.results])
-        for sae, found in zip(self.saes, self.results) if done == self.cfg.num_steps else ():
-            if sae.cfg.l1_coeff is None and abs(found["l0"] / sae.cfg.target_l0 - 1) > MISSED:
-                tqdm.write(f"{sae.cfg.name}: L0 is {found['l0']:.1f} on held-out text; train longer to come nearer")
 
     def _log(self, done: int, of_saes: list[dict[str, float]], of_all: Mapping[str, float] = {}) -> None:
         for index, metrics in enumerate(of_saes):

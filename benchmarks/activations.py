@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where a benchmark runs as a script
 
@@ -18,8 +17,8 @@ from peers import Coder
 
 from activation_store import ActivationsStore
 from config import Config
-from evaluation import batches
-from language_model import check_model, load_model, ordinary_positions, record, replacing
+from evaluation import HeldOut, Predictions, ce
+from language_model import check_model, load_model, ordinary_positions, record
 
 CACHE = Path(tempfile.gettempdir()) / "nn-decompositions-activations"
 
@@ -39,6 +38,7 @@ class Activations:
             self._write(store, file)
         self._batches = np.load(file, mmap_mode="r")
         self.tokens = store.held_out_tokens()
+        self.held_out = HeldOut(self.model, self.tokens, self.cfg)
         self.ordinary = ordinary_positions(self.tokens, self.model.tokenizer)
         self.x = record(self.model, self.tokens, [cfg.hook_name])[cfg.hook_name][self.ordinary].float()
         self.window = self.ordinary.nonzero()[:, 0]  # of each row
@@ -84,12 +84,8 @@ class Activations:
     def cross_entropy(self, rows: Float[Tensor, "row act_size"]) -> float:
         """Measure the model's mean cross-entropy with these rows for its activations at ordinary positions."""
         total, first = 0.0, 0
-        for tokens in batches(self.tokens, self.model.cfg.d_vocab):
-            ordinary = ordinary_positions(tokens, self.model.tokenizer)
-            some = rows[first : first + int(ordinary.sum())]
+        for batch in self.held_out.batches:
+            some = rows[first : first + int(batch.reads.sum())]
             first += len(some)
-            predicts, put = ordinary[:, :-1], lambda acts, at=ordinary, some=some: acts.index_put((at,), some)
-            with replacing(self.model, {self.cfg.hook_name: put}):
-                logits = self.model(tokens, return_type="logits")[:, :-1][predicts]
-            total += float(functional.cross_entropy(logits, tokens[:, 1:][predicts], reduction="sum"))
+            total += float(ce(Predictions.of(batch.targets, self.held_out.predict(batch, some)[0])).double().sum())
         return total / int(self.ordinary[:, :-1].sum())

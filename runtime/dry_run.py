@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import HINTS, Config, by_stream, unused_by
-from evaluation import MAX_LOGITS
+from evaluation import MAX_LOGITS, MAX_LOGITS_ON_GPU
 from language_model import check_model, model_source
 from runtime.checks import explained
 from runtime.cli import INDENTED, WIDTH, written
@@ -68,7 +68,9 @@ def _size(cfgs: list[Config], is_known: bool) -> Iterator[str]:
         if is_known:
             hf = AutoConfig.from_pretrained(model_source(cfg.model_name))
             model = AutoModelForCausalLM.from_config(hf).num_parameters()
-            logits = min(MAX_LOGITS, cfg.eval_windows * cfg.seq_len * hf.get_text_config().vocab_size)
+            of_window = cfg.seq_len * hf.get_text_config().vocab_size
+            most = MAX_LOGITS if device.type == "cpu" else MAX_LOGITS_ON_GPU
+            logits = of_window * min(cfg.eval_windows, max(1, most // of_window))  # as `evaluation.batches` splits them
     of_each = " to ".join(f"{count:,}" for count in sorted({min(each), max(each)}))
     yield from _wrapped("parameters", f"{sum(each):,} in the SAEs, {of_each} in each")
     rows = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)

@@ -229,6 +229,8 @@ def test_defaults_depend_on_length_width_and_sparsity() -> None:
     assert Config(num_tokens=8 * 488 * 2048).peak_lr == pytest.approx(0.005)
     assert Config(num_tokens=10**10).dead_after == 10**7  # however long the run
     assert Config(num_tokens=200_000, dict_size=98304).dead_after == 8 * 98304 // 32  # what is rare is not dead
+    assert Config(num_tokens=10**8).rules == {"lr": 0.00215, "dead_after_tokens": 333_333}
+    assert not Config(lr=0.0012345, dead_after_tokens=5).rules  # what is given is shown as it is
     assert Config(lr=0.1).peak_lr == 0.1 and Config(dead_after_tokens=5).dead_after == 5
 
 

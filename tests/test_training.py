@@ -223,6 +223,17 @@ def test_training_ends_at_target_l0(sae_type: str, target_l0: int) -> None:
     assert (encoded > 0).sum().item() == pytest.approx(target_l0 * B, rel=0.02)  # and brought there by the last batch
 
 
+@pytest.mark.parametrize("sae_type", ["vanilla", "jumprelu"])
+def test_a_last_batch_that_is_not_finite_reaches_no_parameter(sae_type: str) -> None:
+    trainer = Trainer(build_sae(config(sae_type, steps=2, l1_coeff=None)))
+    trainer.step(rows(0), 0)
+    before = copy.deepcopy(dict(trainer.sae.named_parameters()))
+    trainer.step(rows(1).index_fill(0, torch.tensor([3]), float("nan")), 1)
+    assert trainer.failure() == "step 2, activations: not finite"
+    moved = "threshold" if sae_type == "jumprelu" else "b_enc"  # by what comes after the last step
+    assert trainer.sae.get_parameter(moved).isfinite().all() and torch.equal(trainer.sae.W_enc, before["W_enc"])
+
+
 def test_a_target_that_was_missed_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_model: None
 ) -> None:
@@ -230,8 +241,9 @@ def test_a_target_that_was_missed_is_said(
     monkeypatch.setattr(training, "evaluate", lambda *_: found)
     saes = [build_sae(config(seed=seed, l1_coeff=None)) for seed in range(3)]
     train(saes, Store(saes[0].cfg))
-    said = [line for line in capsys.readouterr().out.splitlines() if "held-out text" in line]
-    assert said == [f"{saes[2].cfg.name}: L0 is 3.2 on held-out text; train longer to come nearer"]
+    lines = capsys.readouterr().out.splitlines()
+    said = [lines[at - 1 : at + 1] for at, line in enumerate(lines) if "held-out text" in line]
+    assert said == [[f"{saes[2].cfg.name}:", "  its L0 is 3.2 on held-out text; train longer to come nearer"]]
 
 
 def test_a_step_refuses_gradients_from_before() -> None:
