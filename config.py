@@ -95,7 +95,7 @@ class Dictionary:
     target_l0: checks.Positive = 32
     """Latents that fire per token: exactly with topk, on average with the others, which training steers there."""
     l1_coeff: checks.NonNegative | None = None
-    """Fixed sparsity coefficient in place of target_l0: of the L1 norm for vanilla, of L0 for jumprelu."""
+    """Fixed sparsity coefficient, of vanilla's L1 norm or jumprelu's L0; target_l0 then decides the start alone."""
     bandwidth: checks.PositiveReal = 0.1
     """JumpReLU: width of the straight-through window, in standard deviations of the activations."""
     prefixes: checks.Shares = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -111,8 +111,8 @@ class Dictionary:
     seed: checks.Natural = 0
     """Seed of the initial weights. Several seeds share one pass of the language model."""
     input_unit_norm: bool = False
-    """Normalise every token's activations to mean 0 and standard deviation 1; the output is mapped back. Otherwise the
-    losses are measured in units of one number, the standard deviation of all activations."""
+    """Normalise every token's activations to mean 0 and standard deviation 1; the output is mapped back. Without it the
+    activations stay as they are, and the standard deviation of all of them is the unit of losses and steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,8 @@ class Config(Run, Optimisation, Dictionary, Stream):
         self._require(
             "lr_decay", self.lr_warmup + self.lr_decay <= 1, f"lr_warmup is {self.lr_warmup}; at most 1 in all"
         )
-        self._require("target_l0", self.target_l0 <= self.dict_size, f"give at most dict_size, {self.dict_size}")
+        fits = self.has_fixed_penalty or self.target_l0 <= self.dict_size
+        self._require("target_l0", fits, f"give at most dict_size, {self.dict_size}")
         self._require("num_tokens", self.num_tokens >= self.batch_size, f"give at least a batch of {self.batch_size}")
         rows, batches = self.model_batch_size * (self.seq_len - 1), self.num_batches_in_buffer
         least = -(-2 * self.batch_size // rows)
@@ -235,6 +236,11 @@ class Config(Run, Optimisation, Dictionary, Stream):
     def steers_l0(self) -> bool:
         """Whether training steers the sparsity penalty so that target_l0 latents fire per token."""
         return "l1_coeff" in self.type.fields and self.l1_coeff is None
+
+    @property
+    def has_fixed_penalty(self) -> bool:
+        """Whether l1_coeff decides L0, and not target_l0."""
+        return "l1_coeff" in self.type.fields and self.l1_coeff is not None
 
     @property
     def num_steps(self) -> int:

@@ -349,7 +349,7 @@ class VanillaSAE(PenalisedAutoencoder):
     """ReLU latents and an L1 penalty, weighted by the norms of the decoder rows (which are 1 in training).
 
     steering (buffer, [2]): the integral and the latest value of the excess of L0 over target_l0, of which the
-    coefficient is a sum: a PI controller.
+    coefficient is a sum: a PI controller. The sum may be below 0 for some steps in which too few latents fire.
     """
 
     sae_type = "vanilla"
@@ -519,7 +519,8 @@ class JumpReLUSAE(PenalisedAutoencoder):
         l0 = fires.sum() / len(code)
         if not self.cfg.steers_l0:
             return super().losses(z, y, code) | {"l0": self.l1_coeff * l0}
-        of_all = self.lent.mean(l0.detach()) + l0 - l0.detach()  # the L0 of all processes, with this one's gradient
+        # The L0 of all processes, with this one's gradient; in evaluation they may differ in their number of batches.
+        of_all = self.lent.mean(l0.detach()) + l0 - l0.detach() if self.training else l0
         return super().losses(z, y, code) | {"l0": L0_PENALTY * (of_all / self.cfg.target_l0 - 1).square()}
 
 

@@ -69,7 +69,7 @@ class Trainer:
         """Train on a batch, or on this process's share of it; returns the output of its forward pass.
 
         A new SAE takes b_dec and the scale of the activations from the first batch, and its L0 from the last.
-        From the first step on in which a number is not finite the parameters stay as they are: see `failure`.
+        From the first step on in which a number is not finite the optimiser changes nothing: see `failure`.
         """
         sae, cfg = self.sae, self.cfg
         assert all(p.grad is None for p in sae.parameters()), "gradients from before: a step makes its own"
@@ -105,7 +105,7 @@ class Trainer:
 
     def _begin(self, x: Tensor) -> None:
         """Measure the scale of the activations, unless the SAE knows it: parameters are trained in units of it."""
-        if self.sae.input_scale <= 0:
+        if self.sae.input_scale <= 0 and not ranks.either(~x.isfinite().all()):
             self.sae.initialise_from(x)
         self.units = list(self.sae.units().values())
 
@@ -168,10 +168,10 @@ def train(
 ) -> list[dict[str, float]]:
     """Train every SAE on the same batches of `store` for num_tokens; returns each one's metrics on held-out text.
 
-    The SAEs may differ in all that is not of the stream (Config.stream). A new SAE gets its b_dec (and JumpReLU its
-    thresholds) from the first batch; one that was trained before goes on from where it is. Metrics and checkpoints go
-    to `log`, and so does the `state` from which another call, with a store made from it, goes on to the same end; it is
-    emptied once it is loaded. Where the Config names no GPU, the SAEs are placed on all in turn.
+    The SAEs may differ in all that is not of the stream (Config.stream). A new SAE gets its b_dec (Vanilla its b_enc,
+    JumpReLU its thresholds too) from the first batch; one that was trained before goes on from where it is. Metrics and
+    checkpoints go to `log`, and so does the `state` from which another call, with a store made from it, goes on to the
+    same end; it is emptied once it is loaded. Where the Config names no GPU, the SAEs are placed on all in turn.
     Raises: ValueError when an SAE has another stream; MemoryError; FloatingPointError when a number is not finite,
     after the other SAEs were saved; Stopped after a step in which `should_stop` says so.
     """
@@ -256,7 +256,7 @@ class _Loop:
         bar.close()
         tqdm.write(f"{_number(self.saes)}: {(cfg.num_steps - first) * cfg.batch_size / in_steps:,.0f} tokens/s")
         for sae, found in zip(self.saes, self.results):
-            if sae.cfg.l1_coeff is None and abs(found["l0"] / sae.cfg.target_l0 - 1) > MISSED:
+            if not sae.cfg.has_fixed_penalty and abs(found["l0"] / sae.cfg.target_l0 - 1) > MISSED:
                 missed = f"its L0 is {found['l0']:.1f} on held-out text; train longer to come nearer"
                 tqdm.write(f"{sae.cfg.name}:\n  {missed}")  # two lines of at most 80 columns
         return self.results

@@ -219,8 +219,13 @@ def row_labels(df: pd.DataFrame, but: Sequence[str] = ()) -> list[str]:
     labels = []
     for sae in df.itertuples():
         differ = [f for f in fields if values.at[sae.sae_type, f] > 1 and f not in unused_by(sae.sae_type)]
-        labels.append(", ".join([setting(sae), *(FORMATS.get(f, f"{f} {{}}").format(getattr(sae, f)) for f in differ)]))
+        labels.append(", ".join([setting(sae), *(_told(field, getattr(sae, field)) for field in differ)]))
     return labels
+
+
+def _told(field: str, value: object) -> str:
+    is_default = value is None or value != value  # NaN in a column of numbers
+    return f"{field} default" if is_default else FORMATS.get(field, f"{field} {{}}").format(value)
 
 
 def _lines(df: pd.DataFrame) -> list[dict]:

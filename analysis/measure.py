@@ -28,6 +28,7 @@ from runtime.disk import write_durably
 from text import held_out_windows
 
 RESAMPLES = 1000
+MATCHED = 8192  # latents: matching takes memory with their square and time with their cube
 ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)  # of an interval
 OF_TEXT = ("model_name", "layer", "site", "dataset_path", "dataset_name", "seq_len", "dtype")
 COLUMNS = {"l0": ("L0", 1), "explained_variance": ("expl. var.", 3), "ce_recovered": ("CE recovered", 3)}
@@ -45,7 +46,7 @@ def resampled(found: Tally, seed: int = 0) -> dict[str, Float[Tensor, "resample"
 def measure(paths: Sequence[str], windows: int | None = None) -> list[dict[str, Any]]:
     """Measure saved SAEs of any format that `load_pretrained` knows, each on the held-out text of its Config.
 
-    windows: of text; as many as the Config says when not given. Returns for each SAE, ready for JSON:
+    windows: of text; as many as the Configs say, at most, when not given. Returns for each SAE, ready for JSON:
         checkpoint, config
         metrics             those of `evaluate`
         intervals           low and high end of 95%, of those that are averages or made from them
@@ -54,7 +55,7 @@ def measure(paths: Sequence[str], windows: int | None = None) -> list[dict[str, 
         encoder_alignment   histogram of the cosines of encoder directions with decoder rows
         compared_with       the first checkpoint of the same hook and text; of the others,
         differences         of each average from the first one's, with its interval
-        matched_cosine      mean cosine of decoder rows with the first one's, matched one to one
+        matched_cosine      mean cosine of decoder rows with the first one's, matched one to one, up to MATCHED of them
     Raises ValueError or OSError, one line, when an SAE, a model or a text cannot be read.
     """
     require(windows is None or windows >= 1, f"windows = {windows}: give 1 or more")
@@ -66,10 +67,11 @@ def measure(paths: Sequence[str], windows: int | None = None) -> list[dict[str, 
     for numbers in same_text.values():
         cfg = check_model(saes[numbers[0]].cfg)
         model = load_model(cfg)
-        tokens = held_out_windows(cfg, model.tokenizer, windows or cfg.eval_windows)
+        count = windows or max(saes[number].cfg.eval_windows for number in numbers)
+        tokens = held_out_windows(cfg, model.tokenizer, count)
         bar = partial(tqdm, desc=cfg.hook_name, unit="batch", dynamic_ncols=True, disable=None)
         tallies = tally(HeldOut(model, tokens, cfg), [saes[number] for number in numbers], bar)
-        base, base_resampled = tallies[0], resampled(tallies[0])
+        base, of_base, base_resampled = tallies[0], tallies[0].metrics(), resampled(tallies[0])
         for number, found in zip(numbers, tallies):
             on_resamples, metrics = resampled(found), found.metrics()
             row = measured[number] = {"checkpoint": str(paths[number]), "config": found.sae.cfg.to_dict()}
@@ -78,10 +80,11 @@ def measure(paths: Sequence[str], windows: int | None = None) -> list[dict[str, 
             if found is not base:
                 row["compared_with"] = str(paths[numbers[0]])
                 row["differences"] = {
-                    name: [metrics[name] - base.metrics()[name], *_interval(of - base_resampled[name])]
+                    name: [metrics[name] - of_base[name], *_interval(of - base_resampled[name])]
                     for name, of in on_resamples.items()
                 }
-                row["matched_cosine"] = float(matched_cosines(found.sae.W_dec, base.sae.W_dec).mean())
+                if max(found.sae.cfg.dict_size, base.sae.cfg.dict_size) <= MATCHED:
+                    row["matched_cosine"] = float(matched_cosines(found.sae.W_dec, base.sae.W_dec).mean())
     return [measured[number] for number in range(len(paths))]
 
 

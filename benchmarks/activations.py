@@ -17,7 +17,7 @@ from peers import Coder
 
 from activation_store import ActivationsStore
 from config import Config
-from evaluation import HeldOut, Predictions, ce
+from evaluation import CE_OF_TEXT, HeldOut, Predictions, ce
 from language_model import check_model, load_model, ordinary_positions, record
 
 CACHE = Path(tempfile.gettempdir()) / "nn-decompositions-activations"
@@ -43,7 +43,8 @@ class Activations:
         self.x = record(self.model, self.tokens, [cfg.hook_name])[cfg.hook_name][self.ordinary].float()
         self.window = self.ordinary.nonzero()[:, 0]  # of each row
         self.power = self._by_window(self.x - self.x.mean(dim=0))
-        self.ce_clean, self.ce_zero = (self.cross_entropy(rows) for rows in (self.x, torch.zeros_like(self.x)))
+        sums = self.held_out.sums
+        self.ce_clean, self.ce_zero = (float(sums[ce].sum() / sums["_predictions"].sum()) for ce in CE_OF_TEXT[:2])
 
     def _write(self, store: ActivationsStore, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +84,8 @@ class Activations:
     @torch.no_grad()
     def cross_entropy(self, rows: Float[Tensor, "row act_size"]) -> float:
         """Measure the model's mean cross-entropy with these rows for its activations at ordinary positions."""
-        total, first = 0.0, 0
+        total = 0.0
         for batch in self.held_out.batches:
-            some = rows[first : first + int(batch.reads.sum())]
-            first += len(some)
+            some = rows[(self.window >= batch.windows.start) & (self.window < batch.windows.stop)]
             total += float(ce(Predictions.of(batch.targets, self.held_out.predict(batch, some)[0])).double().sum())
         return total / int(self.ordinary[:, :-1].sum())

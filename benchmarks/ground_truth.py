@@ -248,7 +248,7 @@ def train(tokens: int, runs: list[Run]) -> list[dict[str, Any]]:
 
 def coefficient_for(target_l0: int, l0s: list[float]) -> float:
     """Interpolate, on logarithmic scales, between the L0 that each of COEFFICIENTS led to."""
-    low_first = np.log(np.maximum(l0s, 1e-3))[::-1]
+    low_first = np.maximum.accumulate(np.log(np.maximum(l0s, 1e-3))[::-1])  # np.interp wants no number to fall
     return float(np.exp(np.interp(math.log(target_l0), low_first, np.log(COEFFICIENTS)[::-1])))
 
 

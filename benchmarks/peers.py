@@ -39,7 +39,7 @@ def contender(
     return LIBRARIES[library](sae_type, dict_size, k, num_steps, x, lr)
 
 
-def _sae_lens(sae_type: str, dict_size: int, k: int, num_steps: int, x: Tensor, lr: float | None) -> Contender:
+def _sae_lens(sae_type: str, dict_size: int, k: float, num_steps: int, x: Tensor, lr: float | None) -> Contender:
     from sae_lens import SAE
     from sae_lens.config import SAETrainerConfig
     from sae_lens.registry import get_sae_training_class

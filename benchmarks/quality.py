@@ -165,7 +165,8 @@ def ahead(ours: list[Result], theirs: list[Result]) -> tuple[float, float]:
 def row(library: str, runs: list[Result], of_ours: list[Result]) -> dict[str, str]:
     """Format a row of the table; in percent what is a share."""
     lr = {result["lr"] for result in runs}.pop()
-    low, high = ahead(of_ours, runs) if of_ours else (0.0, 0.0)
+    paired = library != "ours" and {r["seed"] for r in of_ours} & {r["seed"] for r in runs}
+    low, high = ahead(of_ours, runs) if paired else (0.0, 0.0)
     return {
         "": library,
         "rate": f"{lr:g}" if lr else "own",
@@ -174,7 +175,7 @@ def row(library: str, runs: list[Result], of_ours: list[Result]) -> dict[str, st
         "L0": f"{mean(runs, 'l0'):.1f}",
         "silent": f"{100 * mean(runs, 'silent'):.0f}",
         "s": f"{mean(runs, 'seconds'):.0f}",
-        "ours ahead by": f"{100 * low:+.2f} to {100 * high:+.2f}" if of_ours and library != "ours" else "",
+        "ours ahead by": f"{100 * low:+.2f} to {100 * high:+.2f}" if paired else "",
     }
 
 

@@ -141,7 +141,7 @@ def measure_memory(options: Namespace) -> int:
         gradients = sum(p.numel() * p.element_size() for p in of.sae.parameters())
         return torch.cuda.max_memory_allocated() - before - gradients
     # A process's peak is kept for ever: fill what a step keeps by hand, then see how much further the peak rises.
-    matrices = iter(of.sae.gradient_memory._all.values())
+    matrices = iter(of.sae.lent.memory._all.values())
     for view in of.views:
         view.grad = next(matrices).fill_(1) if view.ndim == 2 else torch.ones_like(view)
     of.optimizer.step()

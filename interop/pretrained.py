@@ -66,8 +66,9 @@ def load_pretrained(
     source: a folder in one of the formats above, "user/repo", or "user/repo:folder/in/it".
     model_name, hook_name (such as "blocks.8.hook_resid_pre"): where the files do not say, or say it wrongly.
     Our own checkpoints come back as from `load_checkpoint`. For the others, Config has what their files say: the model,
-    the hook, the sizes, k; what concerns training is our defaults. Raises ValueError, one line, when there is no SAE,
-    it cannot be represented here, or its files are damaged. No code in them is run.
+    the hook, the sizes, k; what concerns training is our defaults, but that an l1_coeff of 0 stands for a penalty that
+    they do not tell. Raises ValueError, one line, when there is no SAE, it cannot be represented here, or its files are
+    damaged. No code in them is run.
     """
     folder = Path(source) if Path(source).is_dir() else _download(str(source))
     held = {path.name for path in folder.glob("*")}

@@ -25,7 +25,7 @@ WIDTH, INDENTED = 80, dict(initial_indent="    ", subsequent_indent="    ")
 DESCRIPTION = """Train sparse dictionaries on a transformer's activations.
 
   python main.py                        the tiny sweep: minutes, no network
-  python main.py gpt2 --top-k 8 16 32   another sweep, one field at three values
+  python main.py gpt2 --target-l0 8 16  another sweep, one field at two values
   python main.py list                   the sweeps that have names
   nn-decompositions completion          a script that completes all this in bash
 

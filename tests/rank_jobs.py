@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import evaluation
 import logs
 from activation_store import ActivationsStore
 from config import Config
@@ -88,10 +89,14 @@ def fifty_steps() -> None:
 
 
 def evaluated() -> None:
-    """Record what each process measures on five windows, of which one has nothing but special tokens."""
+    """Record what each process measures on five windows, of which one has nothing but special tokens.
+
+    The SAEs are in training, and the processes have different numbers of batches, each of a window.
+    """
     ranks.start("batches", torch.device("cpu"))
+    evaluation.MAX_LOGITS = 1
     cfg = check_model(ON_TEXT)
-    saes = [SAE_TYPES[sae_type](replace(cfg, sae_type=sae_type)).eval() for sae_type in ("topk", "vanilla")]
+    saes = [Trainer(SAE_TYPES[t](replace(cfg, sae_type=t))).sae for t in ("topk", "vanilla", "jumprelu")]
     tokens = torch.randint(1, 300, (5, 24), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 0
     tokens[3] = 0

@@ -237,4 +237,8 @@ def test_defaults_depend_on_length_width_and_sparsity() -> None:
 @pytest.mark.parametrize("sae_type", list(TYPES))
 def test_a_coefficient_that_is_given_takes_the_place_of_steering(sae_type: str) -> None:
     penalised = sae_type in ("vanilla", "jumprelu")
-    assert Config(sae_type=sae_type).steers_l0 is penalised and not Config(sae_type=sae_type, l1_coeff=0).steers_l0
+    steered, fixed = Config(sae_type=sae_type), Config(sae_type=sae_type, l1_coeff=0)
+    assert steered.steers_l0 is penalised and not fixed.steers_l0
+    assert fixed.has_fixed_penalty is penalised and not steered.has_fixed_penalty
+    if penalised:
+        Config(sae_type=sae_type, l1_coeff=0.1, dict_size=8, target_l0=32)  # which is the start alone

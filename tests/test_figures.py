@@ -109,6 +109,11 @@ def test_lines_join_what_differs_in_its_setting_alone() -> None:
     assert sorted(found) == [[16, 32], [17, 33], [18]]
 
 
+def test_a_field_that_is_left_to_a_rule_is_told_as_default() -> None:
+    df = frame(("topk", 2048, 32.0, 0.9, 0.9), ("topk", 2048, 32.5, 0.9, 0.9)).assign(lr=[float("nan"), 0.003])
+    assert [label.split(", ")[-1] for label in row_labels(df)] == ["lr default", "lr 0.003"]
+
+
 def test_seeds_are_one_point_with_bars() -> None:
     rows = ((16.0, 0.5, 0.6), (18.0, 0.6, 0.7), (20.0, 0.7, 0.8), (40.0, 0.9, 0.9))
     df = frame(*(("topk", 2048, *row) for row in rows))

@@ -223,6 +223,15 @@ def test_training_ends_at_target_l0(sae_type: str, target_l0: int) -> None:
     assert (encoded > 0).sum().item() == pytest.approx(target_l0 * B, rel=0.02)  # and brought there by the last batch
 
 
+@all_types
+def test_a_first_batch_that_is_not_finite_reaches_no_parameter(sae_type: str) -> None:
+    trainer = Trainer(build_sae(config(sae_type, l1_coeff=None)))
+    before = copy.deepcopy(dict(trainer.sae.named_parameters()))
+    trainer.step(rows(0).index_fill(0, torch.tensor([3]), float("nan")), 0)
+    assert trainer.failure() == "step 1, activations: not finite"
+    assert_close(dict(trainer.sae.named_parameters()), before)
+
+
 @pytest.mark.parametrize("sae_type", ["vanilla", "jumprelu"])
 def test_a_last_batch_that_is_not_finite_reaches_no_parameter(sae_type: str) -> None:
     trainer = Trainer(build_sae(config(sae_type, steps=2, l1_coeff=None)))
