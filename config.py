@@ -120,7 +120,7 @@ class Optimisation:
     """training"""
 
     lr: checks.PositiveReal | None = None
-    """Peak learning rate of Adam; lower for longer runs by default."""
+    """Peak learning rate of Adam; lower for wider activations and longer runs by default."""
     beta1: checks.Decay = 0.9
     """Adam's decay of the mean gradient."""
     beta2: checks.Decay = 0.999
@@ -223,13 +223,15 @@ class Config(Run, Optimisation, Dictionary, Stream):
 
     @property
     def peak_lr(self) -> float:
-        """`lr`, or its default: 0.01 for a run of at most 488 steps, less for a longer one."""
-        return self.lr or 0.01 * min(1.0, 488 / self.num_steps) ** (1 / 3)
+        """`lr`, or its default: Adam then turns a direction by up to 0.16 a step, less in a run of over 488 steps."""
+        assert self.lr or self.act_size, "the default depends on act_size, which check_model finds"
+        return self.lr or 0.16 / self.act_size**0.5 * min(1.0, 488 / self.num_steps) ** (1 / 3)
 
     @property
     def rules(self) -> dict[str, float]:
-        """The values that rules give to fields that are None."""
-        values = {"lr": float(f"{self.peak_lr:.3g}"), "dead_after_tokens": self.dead_after}
+        """The values that rules give to fields that are None; no lr before act_size is known."""
+        lr = {"lr": float(f"{self.peak_lr:.3g}")} if self.act_size else {}
+        values = lr | {"dead_after_tokens": self.dead_after}
         return {field: value for field, value in values.items() if getattr(self, field) is None}
 
     @property

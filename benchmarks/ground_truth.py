@@ -44,7 +44,7 @@ from runtime.checks import require
 from sae import build_sae
 from training import Trainer
 
-BATCH_SIZE, HELD_OUT = 1024, 20_000
+BATCH_SIZE, HELD_OUT = 1024, 10_000
 WORLD_SEED, ROWS_SEED, HELD_OUT_SEED = 10_000, 20_000, 30_000  # far from the SAEs': equal seeds give equal directions
 FACTORS, CORRELATION = 8, 0.3  # of the features' copula
 SPREAD, NOISE = 0.3, 0.05  # standard deviations: of magnitudes, and of what is added to each coordinate
@@ -61,7 +61,7 @@ WITH_SPREAD = ("explained_variance", "mcc", "f1")
 def parse() -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--act-size", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--tokens", type=int, default=500_000, help="rows to train on")
+    parser.add_argument("--tokens", type=int, default=350_000, help="rows to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--types", choices=TYPES, nargs="+", default=list(TYPES))
     parser.add_argument("--peers", action="store_true", help="also sae-lens' trainers")

@@ -223,13 +223,15 @@ def test_gpt2_sweep_is_the_batchtopk_paper_s_on_one_stream() -> None:
 
 
 def test_defaults_depend_on_length_width_and_sparsity() -> None:
-    cfg = Config(num_tokens=488 * 2048)
+    cfg = Config(num_tokens=488 * 2048, act_size=256)
     assert cfg.peak_lr == 0.01 and cfg.dead_after == 488 * 2048 // 300
-    assert Config(num_tokens=100 * 2048).peak_lr == 0.01  # a higher one leaves most latents dead
-    assert Config(num_tokens=8 * 488 * 2048).peak_lr == pytest.approx(0.005)
+    assert Config(num_tokens=100 * 2048, act_size=256).peak_lr == 0.01  # a higher one leaves most latents dead
+    assert Config(num_tokens=8 * 488 * 2048, act_size=256).peak_lr == pytest.approx(0.005)
+    assert Config(num_tokens=488 * 2048, act_size=64).peak_lr == 0.02  # directions turn by as much in any width
     assert Config(num_tokens=10**10).dead_after == 10**7  # however long the run
     assert Config(num_tokens=200_000, dict_size=98304).dead_after == 8 * 98304 // 32  # what is rare is not dead
-    assert Config(num_tokens=10**8).rules == {"lr": 0.00215, "dead_after_tokens": 333_333}
+    assert Config(num_tokens=10**8, act_size=256).rules == {"lr": 0.00215, "dead_after_tokens": 333_333}
+    assert Config().rules == {"dead_after_tokens": 3333}  # the width is not known yet
     assert not Config(lr=0.0012345, dead_after_tokens=5).rules  # what is given is shown as it is
     assert Config(lr=0.1).peak_lr == 0.1 and Config(dead_after_tokens=5).dead_after == 5
 
