@@ -298,7 +298,7 @@ def by_stream(cfgs: list[Config]) -> list[list[Config]]:
 
 def tiny_sweep() -> list[Config]:
     """Four types at three sparsity levels each, on the embedded model: minutes on a laptop."""
-    common = dict(num_tokens=400_000, log_freq=20, perf_log_freq=100)
+    common = dict(num_tokens=300_000, log_freq=20, perf_log_freq=100)
     types = ("vanilla", "topk", "batchtopk", "jumprelu")
     return [Config(sae_type=t, target_l0=k, **common) for t in types for k in (16, 32, 64)]
 

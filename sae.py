@@ -42,6 +42,7 @@ from runtime.checks import require
 NORM_EPS = 1e-5
 PROJECTED_ROWS = 1024  # at a time on a CPU: what is multiplied stays in its cache
 AUXK_LEAST_VARIANCE = 1e-6
+AUXK_LATENTS = 2  # times act_size: dead latents that are trained at a time
 THRESHOLD_MEMORY = 0.9  # of BatchTopK's running mean: about the last ten batches
 UNIT = 1e-4  # decoder rows whose norms differ from 1 by less have norm 1
 L0_PENALTY = 10  # of JumpReLU, on the squared relative excess of L0
@@ -212,13 +213,17 @@ class BaseAutoencoder(nn.Module):
         return self.tokens_since_fired >= self.cfg.dead_after
 
     def _weights(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-        """Take W_enc and W_dec for a forward pass, and W_enc, b_enc and W_dec of the dead latents where AuxK is due."""
+        """Take W_enc and W_dec for a forward pass, and W_enc, b_enc and W_dec of the dead latents where AuxK is due.
+
+        Of many dead latents it takes those that have been so for longest: more would cost time and bring nothing.
+        """
         if not (self.uses_auxk and self.training):
             return self.W_enc, self.W_dec, None
         count = self.lent.num_dead and self.lent.num_dead()
-        dead = (self.dead.nonzero() if count is None else torch.nonzero_static(self.dead, size=count)).squeeze(1)
-        if not len(dead):
+        count = int(self.dead.sum()) if count is None else count
+        if count == 0:
             return self.W_enc, self.W_dec, None
+        dead = self.tokens_since_fired.topk(min(count, AUXK_LATENTS * self.cfg.act_size)).indices
         W_enc, W_enc_dead = (w.t() for w in sparse.split_rows(self.W_enc.t(), dead))
         W_dec, W_dec_dead = sparse.split_rows(self.W_dec, dead)
         return W_enc, W_dec, (W_enc_dead, self.b_enc[dead], W_dec_dead)

@@ -292,6 +292,22 @@ def test_auxk_stays_bounded_for_one_row_and_for_no_error_at_all(sae_type: str) -
     assert losses["mse"] == losses["auxk"] == 0
 
 
+@auxk_types
+def test_auxk_trains_the_latents_that_have_been_dead_for_longest(sae_type: str) -> None:
+    """Twice act_size of them, here 12 of the 20 that are dead."""
+    sae = make_sae(sae_type, dead=range(20))
+    longest = [2, 3, 5, 7, 8, 10, 11, 13, 14, 16, 17, 19]
+    sae.tokens_since_fired[longest] += torch.arange(1, 13)
+    x = rows(B)
+    (grad,) = torch.autograd.grad(sae(x).losses["auxk"], sae.W_dec)
+    trained = {*grad.any(dim=1).nonzero().flatten().tolist()}
+    assert trained and trained <= {*longest}
+    params = {name: p.detach() for name, p in sae.named_parameters()}
+    pre = ((x - params["b_dec"]) @ params["W_enc"] + params["b_enc"])[:, longest]
+    error = (x - reference_of(sae, x).sae_out).detach()
+    assert_close(sae(x).losses["auxk"] * 32, auxk(pre, params["W_dec"][longest], error, 3))
+
+
 @all_types
 def test_auxk_is_absent_in_evaluation_and_without_dead_latents(sae_type: str) -> None:
     assert "auxk" not in make_sae(sae_type)(rows(B)).losses
