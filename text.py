@@ -24,7 +24,7 @@ from runtime.checks import explained, require
 from runtime.documents import load_documents, local_files
 
 TOKENISED_DOCUMENTS = 64  # at a time
-MIXED_TOKENS = 1 << 19  # tokens of the windows that wait to be mixed
+MIXED_TOKENS = 1 << 21  # tokens of the windows that wait to be mixed: fewer are of too few documents
 READ_ATTEMPTS = 5
 HELD_OUT_CHOICE = 32  # times as many windows as are drawn
 
