@@ -39,19 +39,20 @@ class ActivationsStore:
     A row is one token: its activations at every hook stand at the same place. The buffers hold num_batches_in_buffer
     batches of the model. Once half of them has been read, that half is refilled and the unread rows of old and new are
     shuffled together. Deterministic in cfg.text_seed; a store made with the `state` of another goes on from there.
-    cfgs: of one stream (Config.stream), with their act_size. Raises ValueError when the buffers do not fit into memory.
+    cfgs: of one stream (Config.stream), with their widths. Raises ValueError when the buffers do not fit into memory.
     """
 
     def __init__(self, model: Model, cfgs: Sequence[Config], state: dict[str, Any] | None = None) -> None:
         cfg = cfgs[0]
-        assert all(c.stream == cfg.stream and c.act_size for c in cfgs), "one stream, and widths that check_model found"
+        assert all(c.stream == cfg.stream and all(c.widths.values()) for c in cfgs), "one stream, and known widths"
         self.model, self.cfg = model, cfg
         self.capacity = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
         self.batch_size = cfg.batch_size // ranks.count()
-        widths = {hook: c.act_size for c in cfgs for hook in (*c.reads, *c.writes)}
+        widths = {hook: width for c in cfgs for hook, width in c.widths.items()}
         self._device, dtype = cfg.torch_device, getattr(torch, cfg.dtype)
         check_buffer(cfg, self.capacity, sum(widths.values()) * dtype.itemsize)
         make = dict(dtype=dtype, device=self._device)
+        self.hooks = tuple(widths)
         self._buffers = {hook: torch.empty(self.capacity, width, **make) for hook, width in widths.items()}
         self._rng = torch.Generator().manual_seed(cfg.text_seed)
         if state is None:

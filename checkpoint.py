@@ -83,6 +83,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Bas
         same = f"{path / WEIGHTS}: threshold differs between latents, where there is one for all"
         require((state["threshold"] == state["threshold"][0]).all(), same)
         state["threshold"] = state["threshold"][0]
+    if "W_skip" in state:
+        state["W_skip"] = state["W_skip"].t()
     if state["W_dec"].dtype == torch.float64:
         sae.double()
     sae.load_state_dict(state)
@@ -100,6 +102,8 @@ def _tensors(sae: BaseAutoencoder) -> dict[str, dict[str, Tensor]]:
     counters = dict(sae.named_buffers())
     if "threshold" in counters:
         weights["threshold"] = counters.pop("threshold").expand(sae.cfg.dict_size).contiguous()
+    if "W_skip" in weights:
+        weights["W_skip"] = weights["W_skip"].t().contiguous()  # SAELens has it [d_out, d_in]
     return {WEIGHTS: weights, COUNTERS: counters}
 
 
@@ -115,13 +119,19 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _sae_lens_cfg(sae: BaseAutoencoder) -> dict[str, Any]:
     cfg, row = sae.cfg, sae.cfg.type
+    architecture, d_out = row.sae_lens, {}
+    if not sae.y_is_x:
+        skip = "skip_" * cfg.skip
+        architecture = f"{skip}transcoder" if row.sae_lens == "standard" else f"{row.sae_lens}_{skip}transcoder"
+        d_out = {"d_out": cfg.d_out}
     return {
-        "architecture": row.sae_lens,
-        "d_in": cfg.act_size,
+        "architecture": architecture if len(cfg.layers) == 1 else "crosscoder",  # which SAELens has not
+        "d_in": cfg.d_in,
         "d_sae": cfg.dict_size,
+        **d_out,
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": sae.y_is_x,
         "normalize_activations": "layer_norm" if cfg.input_unit_norm else "none",
         "reshape_activations": "hook_z" if cfg.site == "z" else "none",
         **{theirs: getattr(cfg, ours) for theirs, ours in row.sae_lens_fields},
@@ -129,6 +139,7 @@ def _sae_lens_cfg(sae: BaseAutoencoder) -> dict[str, Any]:
             "sae_lens_version": SAE_LENS_VERSION,
             "model_name": cfg.model_name,
             "hook_name": cfg.hook_name,
+            "hook_name_out": cfg.writes[0],
             "context_size": cfg.seq_len,
             "prepend_bos": True,
             "seqpos_slice": [None],

@@ -10,12 +10,12 @@ import hashlib
 import json
 import re
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from runtime import checks
-from runtime.checks import require
+from runtime.checks import near, require
 
 if TYPE_CHECKING:
     import torch
@@ -41,12 +41,14 @@ TYPES = {
     "matryoshka": SaeType("Matryoshka", "#56B4E9", (*_AUXK, "prefixes"), "jumprelu"),
 }  # in the order of tables and legends
 
-# Site -> hook of TransformerLens within one block.
+# Site -> hook of TransformerLens within one block. Any other hook of a block is a site under TransformerLens' name.
 SITES = {
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",
     "resid_post": "hook_resid_post",
+    "attn_in": "ln1.hook_out",
     "attn_out": "hook_attn_out",
+    "mlp_in": "ln2.hook_out",
     "mlp_out": "hook_mlp_out",
     "z": "attn.hook_z",
 }
@@ -58,10 +60,6 @@ class Stream:
 
     model_name: checks.Name = "tiny-lm"
     """Language model: "tiny-lm" (embedded), a Hugging Face name, or a local folder in its format."""
-    layer: checks.Natural = 2
-    """Block whose activations are read, counted from 0."""
-    site: Literal[*SITES] = "resid_pre"
-    """Place in the block: resid_pre, resid_mid, resid_post, attn_out, mlp_out or z (all heads, concatenated)."""
     dataset_path: checks.Name = "python-stdlib"
     """Text: "python-stdlib", a Hub data set, or local .py, .txt, .jsonl or .parquet files (path, folder or glob)."""
     dataset_name: str | None = None
@@ -72,8 +70,6 @@ class Stream:
     """Windows in one forward pass of the language model."""
     num_batches_in_buffer: checks.AtLeastTwo = 16
     """Batches of the language model that the activation buffer holds; more mix the rows better."""
-    act_size: checks.Positive | None = None
-    """Width of the activations; found from the model and the site when not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the language model and the activation buffer. The SAE's own numbers are float32."""
     text_seed: checks.Natural = 0
@@ -86,8 +82,22 @@ class Stream:
 
 @dataclass(frozen=True, kw_only=True)
 class Dictionary:
-    """the autoencoder"""
+    """the dictionary"""
 
+    layer: checks.Layers = (2,)
+    """Block whose activations are read, counted from 0. Several, written 0,1,2, make a crosscoder: one dictionary that
+    reads and reconstructs all of them."""
+    site: checks.Name = "resid_pre"
+    """Place in the block: resid_pre, resid_mid, resid_post, attn_in, attn_out, mlp_in, mlp_out, z (all heads,
+    concatenated), or any hook that TransformerLens has there, such as mlp.hook_post."""
+    target_site: checks.Name | None = None
+    """Place in the block that is reconstructed, where it is another: the dictionary is a transcoder."""
+    skip: bool = False
+    """Whether a transcoder has a linear skip connection beside its latents."""
+    act_size: checks.Positive | None = None
+    """Width of the activations at the site; found from the model when not given."""
+    target_size: checks.Positive | None = None
+    """Width at target_site; found from the model when not given."""
     sae_type: Literal[*TYPES] = "batchtopk"
     """How latents are chosen, and which losses are added."""
     dict_size: checks.Positive = 2048
@@ -110,6 +120,9 @@ class Dictionary:
     """Number format of the encoder product. Weights, losses and Adam stay in float32."""
     seed: checks.Natural = 0
     """Seed of the initial weights. Several seeds share one pass of the language model."""
+    init_from: checks.Name | None = None
+    """Dictionary whose weights to start from, in place of random ones: a folder or user/repo:folder of the Hub, in any
+    format that opens here."""
     input_unit_norm: bool = False
     """Normalise every token's activations to mean 0 and standard deviation 1; the output is mapped back. Without it the
     activations stay as they are, and the standard deviation of all of them is the unit of losses and steps."""
@@ -184,6 +197,21 @@ class Config(Run, Optimisation, Dictionary, Stream):
         least = -(-2 * self.batch_size // rows)
         too_few = f"{batches * rows} rows are less than two of batch_size {self.batch_size}; give at least {least}"
         self._require("num_batches_in_buffer", batches >= least, too_few)
+        for field in ("site", "target_site"):
+            site = getattr(self, field) or self.site
+            others = "or a hook of TransformerLens such as mlp.hook_post"
+            known = site in SITES or "hook_" in site
+            self._require(field, known, f"{near(site, SITES)}give one of {', '.join(SITES)}, {others}")
+        if len(self.layer) == 1:
+            object.__setattr__(self, "layer", self.layer[0])
+        if self.target_site == self.site:
+            object.__setattr__(self, "target_site", None)
+        of_transcoders = "it needs a target_site other than site"
+        one_layer = "a transcoder is of one layer; give target_site or several layers"
+        self._require("layer", not self.target_site or len(self.layers) == 1, one_layer)
+        self._require("skip", not self.skip or self.target_site, of_transcoders)
+        self._require("target_size", not self.target_size or self.target_site, of_transcoders)
+        self._require("input_unit_norm", not self.input_unit_norm or self.is_sae, "it is for an SAE of one layer")
 
     def _require(self, field: str, holds: bool, remedy: str) -> None:
         require(holds, f"{field} = {getattr(self, field)!r}: {remedy}")
@@ -193,19 +221,55 @@ class Config(Run, Optimisation, Dictionary, Stream):
         return TYPES[self.sae_type]
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """`layer`, also where it is one."""
+        return (self.layer,) if isinstance(self.layer, int) else self.layer
+
+    @property
     def hook_name(self) -> str:
-        """TransformerLens' name of the hook, such as "blocks.8.hook_resid_pre"."""
-        return f"blocks.{self.layer}.{SITES[self.site]}"
+        """TransformerLens' name of the hook that is read, such as "blocks.8.hook_resid_pre"; of several, the first."""
+        return self.reads[0]
 
     @property
     def reads(self) -> tuple[str, ...]:
         """The hooks whose activations, side by side, are the dictionary's x."""
-        return (self.hook_name,)
+        return tuple(f"blocks.{layer}.{SITES.get(self.site, self.site)}" for layer in self.layers)
 
     @property
     def writes(self) -> tuple[str, ...]:
         """The hooks whose activations, side by side, it reconstructs: its y."""
-        return self.reads
+        site = self.target_site or self.site
+        return tuple(f"blocks.{layer}.{SITES.get(site, site)}" for layer in self.layers)
+
+    @property
+    def is_sae(self) -> bool:
+        """Whether it reconstructs the one hook that it reads."""
+        return self.target_site is None and len(self.layers) == 1
+
+    @property
+    def kind(self) -> str:
+        """What the literature calls such a dictionary."""
+        if self.is_sae:
+            return "SAE"
+        return f"{'skip ' * self.skip}transcoder" if self.target_site else "crosscoder"
+
+    @property
+    def widths(self) -> dict[str, int | None]:
+        """The width of each hook that is read or written."""
+        return dict.fromkeys(self.writes, self.target_size) | dict.fromkeys(self.reads, self.act_size)
+
+    @property
+    def d_in(self) -> int:
+        """Width of x."""
+        assert self.act_size, "check_hooks finds it"
+        return self.act_size * len(self.layers)
+
+    @property
+    def d_out(self) -> int:
+        """Width of y."""
+        size = self.target_size if self.target_site else self.act_size
+        assert size, "check_hooks finds it"
+        return size * len(self.layers)
 
     @property
     def torch_device(self) -> "torch.device":
@@ -224,13 +288,12 @@ class Config(Run, Optimisation, Dictionary, Stream):
     @property
     def peak_lr(self) -> float:
         """`lr`, or its default: Adam then turns a direction by up to 0.16 a step, less in a run of over 488 steps."""
-        assert self.lr or self.act_size, "the default depends on act_size, which check_model finds"
-        return self.lr or 0.16 / self.act_size**0.5 * min(1.0, 488 / self.num_steps) ** (1 / 3)
+        return self.lr or 0.16 / max(self.d_in, self.d_out) ** 0.5 * min(1.0, 488 / self.num_steps) ** (1 / 3)
 
     @property
     def rules(self) -> dict[str, float]:
-        """The values that rules give to fields that are None; no lr before act_size is known."""
-        lr = {"lr": float(f"{self.peak_lr:.3g}")} if self.act_size else {}
+        """The values that rules give to fields that are None; no lr before the widths are known."""
+        lr = {"lr": float(f"{self.peak_lr:.3g}")} if all(self.widths.values()) else {}
         values = lr | {"dead_after_tokens": self.dead_after}
         return {field: value for field, value in values.items() if getattr(self, field) is None}
 
@@ -256,7 +319,9 @@ class Config(Run, Optimisation, Dictionary, Stream):
         digest = hashlib.blake2b(json.dumps(result, sort_keys=True).encode(), digest_size=5).hexdigest()
         model = re.sub(r"[^A-Za-z0-9_-]", "-", self.model_name)[-40:].strip("-") or "model"
         sparsity = setting(self).replace("=", "-")
-        return f"{model}-L{self.layer}-{self.site}-{self.sae_type}-{self.dict_size}-{sparsity}-{digest}"
+        layers = "-".join(map(str, self.layers))
+        sites = re.sub("[^A-Za-z0-9_-]", "_", "-to-".join(filter(None, (self.site, self.target_site))))
+        return f"{model}-L{layers}-{sites}-{self.sae_type}-{self.dict_size}-{sparsity}-{digest}"
 
     @property
     def stream(self) -> tuple:
@@ -316,4 +381,24 @@ def gpt2_sweep() -> list[Config]:
     ]
 
 
-SWEEPS = {"tiny": tiny_sweep, "gpt2": gpt2_sweep}
+def transcoders_sweep() -> list[Config]:
+    """Transcoders of every MLP of the embedded model, at three sparsity levels each: minutes on a laptop."""
+    common = dict(site="mlp_in", target_site="mlp_out", num_tokens=200_000, log_freq=20)
+    return [Config(layer=layer, target_l0=k, **common) for layer in range(4) for k in (8, 16, 32)]
+
+
+def gpt2_transcoders_sweep() -> list[Config]:
+    """GPT-2 small, the MLP of layer 8, 768*16 latents; all layers with --layer 0 1 2 3 4 5 6 7 8 9 10 11."""
+    return [replace(cfg, site="mlp_in", target_site="mlp_out") for cfg in gpt2_sweep()[:9]]
+
+
+def crosscoder_sweep() -> list[Config]:
+    """One dictionary over all layers of the embedded model, at three sparsity levels."""
+    common = dict(layer=(0, 1, 2, 3), site="resid_post", num_tokens=200_000, log_freq=20)
+    return [Config(target_l0=k, **common) for k in (16, 32, 64)]
+
+
+SWEEPS = {
+    "tiny": tiny_sweep, "gpt2": gpt2_sweep, "transcoders": transcoders_sweep,
+    "gpt2-transcoders": gpt2_transcoders_sweep, "crosscoder": crosscoder_sweep,
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pure metric functions, and the language model with an SAE's reconstructions in the place of its activations.
+"""Pure metric functions, and the language model with reconstructions in the place of its activations.
 
 A metric is one function here: added to a tuple below, it is summed over the text in float64, logged, and a column of
 the table in results.py under its own name. Names that begin with _ are intermediate. A metric is a number for each row
@@ -8,7 +8,7 @@ them; or it is made from such averages, or from how often each latent fires (Fir
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from config import Config
 from kernels import sparse
-from language_model import Model, computing_once, logits_at, ordinary_positions, record, replacing
+from language_model import Model, computing_once, logits_at, ordinary_positions, record, replacing, side_by_side
 from runtime import ranks
 from runtime.checks import require
 from sae import BaseAutoencoder, SAEOutput
@@ -28,18 +28,18 @@ DENSE = 0.1  # a latent that fires on a larger share of the rows
 
 
 class Rows(NamedTuple):
-    """Some activations, and what an SAE makes of them."""
+    """Some activations, and what an SAE makes of them. Where it reconstructs others than it reads, y are those."""
 
     sae: BaseAutoencoder
-    x: Float[Tensor, "row act_size"]  # in float64, as are x_hat and mean
-    x_hat: Float[Tensor, "row act_size"]
-    mean: Float[Tensor, "act_size"]  # of all rows of the text
+    y: Float[Tensor, "row d_out"]  # in float64, as are y_hat and mean
+    y_hat: Float[Tensor, "row d_out"]
+    mean: Float[Tensor, "d_out"]  # of all rows of the text
     out: SAEOutput
 
     @classmethod
-    def of(cls, sae: BaseAutoencoder, x: Tensor, mean: Tensor, out: SAEOutput) -> "Rows":
+    def of(cls, sae: BaseAutoencoder, y: Tensor, mean: Tensor, out: SAEOutput) -> "Rows":
         """Look at them in float64."""
-        return cls(sae, x.double(), out.sae_out.double(), mean, out)
+        return cls(sae, y.double(), out.sae_out.double(), mean, out)
 
 
 class Predictions(NamedTuple):
@@ -84,43 +84,43 @@ def l1(seen: Rows) -> Float[Tensor, "row"]:
 
 
 def _per_row(seen: Rows, values: Tensor) -> Tensor:
-    return torch.bincount(seen.out.latents.rows, values.double(), len(seen.x)).double()  # integers where nothing fires
+    return torch.bincount(seen.out.latents.rows, values.double(), len(seen.y)).double()  # integers where nothing fires
 
 
 def mse(seen: Rows) -> Float[Tensor, "row"]:
     """Average the squared error of the output over its width, in the SAE's normalised space."""
-    return (seen.out.latents.y_hats[-1] - seen.sae.normalise(seen.x)[0]).double().pow(2).mean(dim=1)
+    return (seen.out.latents.y_hats[-1] - seen.sae.target(seen.y)).double().pow(2).mean(dim=1)
 
 
 def normalised_mse(seen: Rows) -> Float[Tensor, "row"]:
-    """Compute |x - x_hat|^2 / |x|^2 (the loss of Gao et al.'s code, openai/sparse_autoencoder)."""
-    return (seen.x - seen.x_hat).pow(2).sum(dim=1) / seen.x.pow(2).sum(dim=1)
+    """Compute |y - y_hat|^2 / |y|^2 (the loss of Gao et al.'s code, openai/sparse_autoencoder)."""
+    return (seen.y - seen.y_hat).pow(2).sum(dim=1) / seen.y.pow(2).sum(dim=1)
 
 
 def cosine(seen: Rows) -> Float[Tensor, "row"]:
-    """Compute the cosine of x and x_hat."""
-    return torch.cosine_similarity(seen.x, seen.x_hat, dim=1)
+    """Compute the cosine of y and y_hat."""
+    return torch.cosine_similarity(seen.y, seen.y_hat, dim=1)
 
 
 def l2_ratio(seen: Rows) -> Float[Tensor, "row"]:
-    """Compute |x_hat| / |x|: below 1 the SAE shrinks its input (SAELens' l2_ratio)."""
-    return seen.x_hat.norm(dim=1) / seen.x.norm(dim=1)
+    """Compute |y_hat| / |y|: below 1 the output is too small (SAELens' l2_ratio)."""
+    return seen.y_hat.norm(dim=1) / seen.y.norm(dim=1)
 
 
 def _squared_error(seen: Rows) -> Tensor:
-    return (seen.x - seen.x_hat).pow(2).sum(dim=1)
+    return (seen.y - seen.y_hat).pow(2).sum(dim=1)
 
 
 def _variation(seen: Rows) -> Tensor:
-    return (seen.x - seen.mean).pow(2).sum(dim=1)
+    return (seen.y - seen.mean).pow(2).sum(dim=1)
 
 
 def _output_power(seen: Rows) -> Tensor:
-    return seen.x_hat.pow(2).sum(dim=1)
+    return seen.y_hat.pow(2).sum(dim=1)
 
 
 def _overlap(seen: Rows) -> Tensor:
-    return torch.linalg.vecdot(seen.x, seen.x_hat)
+    return torch.linalg.vecdot(seen.y, seen.y_hat)
 
 
 # ---- of each prediction ----
@@ -145,14 +145,14 @@ def top1_agreement(seen: Predictions) -> Float[Tensor, "prediction"]:
 
 
 def explained_variance(mean: SimpleNamespace) -> Tensor:
-    """Compute 1 - sum (x - x_hat)^2 / sum (x - mean(x))^2, over rows and width together."""
+    """Compute 1 - sum (y - y_hat)^2 / sum (y - mean(y))^2, over rows and width together."""
     return 1 - mean._squared_error / mean._variation
 
 
 def relative_bias(mean: SimpleNamespace) -> Tensor:
-    """Compute sum |x_hat|^2 / sum x_hat . x, the factor by which x_hat is too long (Rajamanoharan et al. 2024).
+    """Compute sum |y_hat|^2 / sum y_hat . y, the factor by which y_hat is too long (Rajamanoharan et al. 2024).
 
-    That is the gamma that minimises the sum of |x_hat / gamma - x|^2 (arXiv:2404.16014).
+    That is the gamma that minimises the sum of |y_hat / gamma - y|^2 (arXiv:2404.16014).
     """
     return mean._output_power / mean._overlap
 
@@ -234,9 +234,9 @@ def _with_derived(
 
 
 @torch.no_grad()
-def training_metrics(sae: BaseAutoencoder, x: Float[Tensor, "batch act_size"], out: SAEOutput) -> dict[str, float]:
+def training_metrics(sae: BaseAutoencoder, y: Float[Tensor, "batch d_out"], out: SAEOutput) -> dict[str, float]:
     """Measure one training batch, over all processes that share it; this waits for the device."""
-    seen = Rows.of(sae, x, ranks.mean(x.double().mean(dim=0)), out)
+    seen = Rows.of(sae, y, ranks.mean(y.double().mean(dim=0)), out)
     of_share = {"loss": out.loss} | {f"{name}_loss": term for name, term in out.losses.items()}
     of_share |= {metric.__name__: metric(seen).mean() for metric in OF_ROWS}
     of_batch = ranks.mean(torch.stack([value.double() for value in of_share.values()])).cpu()
@@ -267,22 +267,37 @@ class Batch(NamedTuple):
         return self.tokens.roll(-1, dims=1)[self.predicts]
 
 
-class HeldOut:
-    """Text to evaluate the SAEs of one hook on, with what is the same for all of them and at every evaluation.
+Hooks = tuple[str, ...]
 
-    tokens [window, pos] on any device, which no training text should hold; cfg names the hook. Special positions (BOS,
-    EOS, padding) are neither replaced nor measured, nor is what the model predicts there. Processes that share batches
-    share the windows too.
+
+class OfHooks(NamedTuple):
+    """What is known of some hooks on a text.
+
+    sums: the number of each window's rows and predictions, and over the latter the model's cross-entropy as it is
+    (ce_clean), and with zeros (ce_zero) or the text's mean (ce_mean) for the activations at all of these hooks.
+    """
+
+    mean: Float[Tensor, "d_out"]  # of the activations, in float64
+    sums: dict[str, Float[Tensor, "window"]]
+
+
+class HeldOut:
+    """Text to evaluate SAEs on, with what is the same at every evaluation.
+
+    tokens [window, pos] on any device, which no training text should hold. Special positions (BOS, EOS, padding) are
+    neither replaced nor measured, nor is what the model predicts there. Processes that share batches share the windows
+    too.
     Raises: ValueError when the tokens do not fit the model, or no position can be measured.
     """
 
-    def __init__(self, model: Model, tokens: Int[Tensor, "window pos"], cfg: Config) -> None:
+    def __init__(self, model: Model, tokens: Int[Tensor, "window pos"]) -> None:
         check_tokens(model, tokens)
         reads = ordinary_positions(tokens, model.tokenizer)
         require(reads[:, :-1].any(), f"tokens = {list(tokens.shape)}: special ones only; give held-out text")
         predicts = reads.clone()
         predicts[:, -1] = False
-        self.model, self.cfg, self.batches, self.windows = model, cfg, [], 0
+        self.model, self.batches, self.windows = model, [], 0
+        self._of_hooks: dict[Hooks, OfHooks] = {}
         own = [t[ranks.rank() :: ranks.count()].to(model.cfg.device) for t in (tokens, reads, predicts)]
         for parts in zip(*(batches(t, model.cfg.d_vocab) for t in own)):
             batch = Batch(slice(self.windows, self.windows + len(parts[0])), *parts)
@@ -290,48 +305,48 @@ class HeldOut:
             if batch.predicts.any():
                 self.batches.append(batch)
 
-    @cached_property
-    def mean(self) -> Float[Tensor, "act_size"]:
-        """Average the activations, in float64."""
-        hook, rows = self.cfg.hook_name, torch.zeros((), dtype=torch.float64, device=self.model.cfg.device)
-        total = rows.new_zeros(self.cfg.act_size)
+    def of(self, cfg: Config) -> OfHooks:
+        """Look up what is known of the hooks that a dictionary writes; measured once."""
+        if cfg.writes not in self._of_hooks:
+            mean = self._mean(cfg)
+            self._of_hooks[cfg.writes] = OfHooks(mean, self._sums(cfg, mean))
+        return self._of_hooks[cfg.writes]
+
+    def _mean(self, cfg: Config) -> Float[Tensor, "d_out"]:
+        rows = torch.zeros((), dtype=torch.float64, device=self.model.cfg.device)
+        total = rows.new_zeros(cfg.d_out)
         for batch in self.batches:
-            x = record(self.model, batch.tokens, [hook])[hook][batch.reads]
-            total += x.double().sum(dim=0)
-            rows += len(x)
+            y = side_by_side(record(self.model, batch.tokens, cfg.writes), cfg.writes)[batch.reads]
+            total += y.double().sum(dim=0)
+            rows += len(y)
         ranks.add_([total, rows])
         return total / rows
 
-    @cached_property
-    def sums(self) -> dict[str, Float[Tensor, "window"]]:
-        """Count each window's rows and predictions, and sum the model's cross-entropy over the latter.
-
-        That is as it is (ce_clean), and with zeros (ce_zero) or the text's mean (ce_mean) for its activations.
-        """
-        sums = {name: self.mean.new_zeros(self.windows) for name in ("_rows", "_predictions", *CE_OF_TEXT)}
+    def _sums(self, cfg: Config, mean: Float[Tensor, "d_out"]) -> dict[str, Float[Tensor, "window"]]:
+        sums = {name: mean.new_zeros(self.windows) for name in ("_rows", "_predictions", *CE_OF_TEXT)}
         for batch in self.batches:
             sums["_rows"][batch.windows] = batch.reads.sum(dim=1).double()
             sums["_predictions"][batch.windows] = batch.predicts.sum(dim=1).double()
-            with computing_once(self.model, self.cfg.layer):
-                for name, rows in zip(CE_OF_TEXT, (None, torch.zeros(()), self.mean)):
-                    seen = Predictions.of(batch.targets, self.predict(batch, rows)[0])
+            with computing_once(self.model, cfg.layers[0]):
+                for name, rows in zip(CE_OF_TEXT, (None, torch.zeros_like(mean), mean)):
+                    seen = Predictions.of(batch.targets, self.predict(batch, cfg.writes, rows)[0])
                     sums[name][batch.windows] = by_window(ce(seen), batch.predicts)
         return sums
 
     def predict(
-        self, batch: Batch, rows: Float[Tensor, "*row act_size"] | None = None
-    ) -> tuple[Float[Tensor, "prediction vocab"], Float[Tensor, "row act_size"]]:
-        """Predict, with these rows for the activations where they are given; return those there were, too."""
-        found = torch.empty(0)
+        self, batch: Batch, hooks: Hooks, rows: Float[Tensor, "*row width"] | None = None
+    ) -> tuple[Float[Tensor, "prediction vocab"], dict[str, Float[Tensor, "row act_size"]]]:
+        """Predict, with these rows for the activations at the hooks where they are given; return those there were."""
+        found: dict[str, Tensor] = {}
+        parts = () if rows is None else rows.chunk(len(hooks), dim=-1)
 
-        def change(acts: Tensor) -> Tensor:
-            nonlocal found
-            found = acts[batch.reads]
-            return acts if rows is None else acts.index_put((batch.reads,), rows.to(acts))
+        def change(acts: Tensor, hook: str) -> Tensor:
+            found[hook] = acts[batch.reads].float()
+            return acts.index_put((batch.reads,), parts[hooks.index(hook)].to(acts)) if parts else acts
 
-        with replacing(self.model, {self.cfg.hook_name: change}):
+        with replacing(self.model, {hook: partial(change, hook=hook) for hook in hooks}):
             logits = logits_at(self.model, batch.tokens, batch.predicts)
-        return logits.float(), found.float()
+        return logits.float(), found
 
 
 def by_window(values: Float[Tensor, "position"], where: Bool[Tensor, "window pos"]) -> Float[Tensor, "window"]:
@@ -343,8 +358,9 @@ class Tally:
     """What an SAE's metrics on a text are made of: sums over each window, and how often its latents fire."""
 
     def __init__(self, sae: BaseAutoencoder, held_out: HeldOut) -> None:
-        self.sae, like, F = sae, held_out.sums["_rows"], sae.cfg.dict_size
-        self.sums = held_out.sums | {m.__name__: torch.zeros_like(like) for m in (*OF_ROWS, *OF_PREDICTIONS)}
+        known, F = held_out.of(sae.cfg), sae.cfg.dict_size
+        self.sae, self.mean, like = sae, known.mean, known.sums["_rows"]
+        self.sums = known.sums | {m.__name__: torch.zeros_like(like) for m in (*OF_ROWS, *OF_PREDICTIONS)}
         self.fired, self.rows_by_l0 = like.new_zeros(F), like.new_zeros(F + 1)
 
     def add(self, seen: Rows | Predictions, windows: slice, where: Bool[Tensor, "window pos"]) -> None:
@@ -370,27 +386,38 @@ class Tally:
 def tally(
     held_out: HeldOut, saes: Sequence[BaseAutoencoder], progress: Callable[[list[Batch]], Iterable[Batch]] = iter
 ) -> list[Tally]:
-    """Sum the metrics of SAEs that read the hook of a held-out text; `progress` may wrap its batches, as tqdm does."""
+    """Sum the metrics of SAEs on a held-out text; `progress` may wrap its batches, as tqdm does."""
     tallies = [Tally(sae, held_out) for sae in saes]
+    alike: dict[tuple[Hooks, Hooks], list[Tally]] = {}
+    for found in tallies:
+        alike.setdefault((found.sae.cfg.reads, found.sae.cfg.writes), []).append(found)
     with evaluation_mode(*saes):
         for batch in progress(held_out.batches):
-            with computing_once(held_out.model, held_out.cfg.layer):
-                logits, x = held_out.predict(batch)
-                clean = Predictions.of(batch.targets, logits)
-                for found in tallies:
-                    here, mean = (t.to(found.sae.W_dec.device) for t in (x, held_out.mean))
-                    out = found.sae(here)
-                    found.add(Rows.of(found.sae, here, mean, out), batch.windows, batch.reads)
-                    logits, _ = held_out.predict(batch, out.sae_out)
-                    found.add(Predictions.of(batch.targets, logits, clean), batch.windows, batch.predicts)
+            for of_hooks in alike.values():
+                _tally(held_out, batch, of_hooks)
     return tallies
 
 
+def _tally(held_out: HeldOut, batch: Batch, tallies: list[Tally]) -> None:
+    """Add a batch to what is known of SAEs that read the same hooks and write the same."""
+    cfg = tallies[0].sae.cfg
+    with computing_once(held_out.model, cfg.layers[0]):
+        logits, acts = held_out.predict(batch, tuple({*cfg.reads, *cfg.writes}))
+        clean = Predictions.of(batch.targets, logits)
+        x, y = side_by_side(acts, cfg.reads), side_by_side(acts, cfg.writes)
+        for found in tallies:
+            here, target, mean = (t.to(found.sae.W_dec.device) for t in (x, y, found.mean))
+            out = found.sae(here, target)
+            found.add(Rows.of(found.sae, target, mean, out), batch.windows, batch.reads)
+            logits, _ = held_out.predict(batch, cfg.writes, out.sae_out)
+            found.add(Predictions.of(batch.targets, logits, clean), batch.windows, batch.predicts)
+
+
 def evaluate(held_out: HeldOut, saes: Sequence[BaseAutoencoder]) -> list[dict[str, float]]:
-    """Compute each SAE's metrics on held-out text; all SAEs read its hook.
+    """Compute each SAE's metrics on held-out text, whichever hooks it reads and writes.
 
     Returns for each SAE every metric above by its name, and beside them, in nats per token, the model's cross-entropy
-    as it is (ce_clean), with zeros (ce_zero) and with the text's mean (ce_mean) for its activations.
+    as it is (ce_clean), with zeros (ce_zero) and with the text's mean (ce_mean) for the activations it reconstructs.
     Processes that share the text must all call this, and all get the metrics of the whole.
     """
     return [found.metrics() for found in tally(held_out, saes)]

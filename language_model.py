@@ -19,9 +19,10 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from config import SITES, Config
-from runtime.checks import explained, require
+from runtime.checks import explained, near, require
 
 Model = Any  # TransformerLens' TransformerBridge; importing it takes ten seconds
+TRIED_TOKENS = 7  # unlike the number of heads
 TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 
 
@@ -33,7 +34,7 @@ def model_source(model_name: str) -> str:
 
 
 def check_model(cfg: Config) -> Config:
-    """Compare cfg with the model's configuration, before its weights are loaded, and fill in act_size.
+    """Compare cfg with the model's configuration before its weights are loaded; fill in the widths of named sites.
 
     Raises: ValueError when cfg does not fit it, or it is no language model; OSError when there is no such model.
     """
@@ -49,21 +50,29 @@ def check_model(cfg: Config) -> Config:
     require(decoder, f"{said} {hf.model_type} is no decoder-only language model; give one")
     n_layers, d_model, heads = hf.num_hidden_layers, hf.hidden_size, hf.num_attention_heads
     blocks = f"layer = {cfg.layer}: {cfg.model_name} has {n_layers} blocks; give 0 to {n_layers - 1}"
-    require(cfg.layer < n_layers, blocks)
+    require(cfg.layers[-1] < n_layers, blocks)
     context = getattr(hf, "max_position_embeddings", None) or cfg.seq_len
     reads = f"seq_len = {cfg.seq_len}: {cfg.model_name} reads at most {context} tokens; give no more"
     require(cfg.seq_len <= context, reads)
     head_size = getattr(hf, "head_dim", None) or d_model // heads
-    act_size = heads * head_size if cfg.site == "z" else d_model
-    wide = f"act_size = {cfg.act_size}: {cfg.site} of {cfg.model_name} is {act_size} wide; leave it out"
-    require(cfg.act_size in (None, act_size), wide)
-    return replace(cfg, act_size=act_size)
+    widths = dict.fromkeys(SITES, d_model) | {"z": heads * head_size}
+    return _with_widths(cfg, widths.get(cfg.site), widths.get(cfg.target_site))
+
+
+def _with_widths(cfg: Config, act_size: int | None, target_size: int | None) -> Config:
+    """Fill in the widths that are known."""
+    found = {"act_size": act_size, "target_size": target_size if cfg.target_site else None}
+    for (field, width), site in zip(found.items(), (cfg.site, cfg.target_site)):
+        given = getattr(cfg, field)
+        wide = f"{field} = {given}: {site} of {cfg.model_name} is {width} wide; leave it out"
+        require(width is None or given in (None, width), wide)
+    return replace(cfg, **{field: width for field, width in found.items() if width})
 
 
 def load_model(cfg: Config) -> Model:
     """Load the language model of cfg: raw weights, in its dtype, on its device, ready for inference only.
 
-    Raises: ValueError when it cannot be loaded or has no such site.
+    Raises: ValueError when it cannot be loaded.
     """
     from transformer_lens.model_bridge import TransformerBridge  # late: what check_model refuses is answered before
 
@@ -72,15 +81,48 @@ def load_model(cfg: Config) -> Model:
         model = TransformerBridge.boot_transformers(
             model_source(cfg.model_name), device=str(cfg.torch_device), dtype=getattr(torch, cfg.dtype)
         )
-    check_hooks(model, cfg)
     return model.eval().requires_grad_(False)
 
 
-def check_hooks(model: Model, cfg: Config) -> None:
-    """Raise ValueError when the model lacks a hook that cfg reads or writes."""
-    sites = [site for site, hook in SITES.items() if f"blocks.{cfg.layer}.{hook}" in model.hook_dict]
-    missing = f"site = {cfg.site!r}: {cfg.model_name} has no such hook; give one of {', '.join(sites)}"
-    require({*cfg.reads, *cfg.writes} <= model.hook_dict.keys(), missing)
+def _kept(found: list[Tensor], acts: Tensor) -> Tensor:
+    found.append(acts)
+    return acts
+
+
+@torch.no_grad()
+def check_hooks(model: Model, cfg: Config) -> Config:
+    """Try each hook that cfg reads or writes on a few tokens, and fill in the widths they have.
+
+    A hook must fire, and the model must predict the same when it is replaced by itself, and something else when it is
+    replaced by zeros: TransformerLens has some that do neither (its issues 1527 and 1673).
+    Raises ValueError when a hook is missing, is no vector for each token, or is not what it seems.
+    """
+    tokens, widths = torch.arange(TRIED_TOKENS, device=model.cfg.device)[None], {}
+    logits = model(tokens, return_type="logits")
+    for hook in dict.fromkeys((*cfg.reads, *cfg.writes)):
+        field = "target_site" if cfg.target_site and hook in cfg.writes else "site"
+        site, said = getattr(cfg, field), f"{field} = {getattr(cfg, field)!r}: {cfg.model_name}"
+        block = f"{'.'.join(hook.split('.')[:2])}."
+        named = [name for name, of_block in SITES.items() if block + of_block in model.hook_dict]
+        others = [name.removeprefix(block) for name in model.hook_dict if name.startswith(block)]
+        meant = "" if site in SITES else near(site, (*named, *others))
+        missing = (
+            f"{said} has no such hook; {meant}give one of {', '.join(named)}, or any that TransformerLens has there"
+        )
+        require(hook in model.hook_dict, missing)
+        found: list[Tensor] = []
+        keep = partial(_kept, found)
+        with explained(f"{said}: {hook} cannot be used", ValueError, RuntimeError, remedy="give another"):
+            with replacing(model, {hook: keep}):
+                same = model(tokens, return_type="logits")
+            with replacing(model, {hook: torch.zeros_like}):
+                other = model(tokens, return_type="logits")
+        of_tokens = len(found) == 1 and found[0].shape[:2] == tokens.shape and found[0].shape[2] != TRIED_TOKENS**2
+        require(of_tokens, f"{said} has no vector for each token at {hook}; give another")
+        acts = torch.equal(same, logits) and not torch.equal(other, logits)
+        require(acts, f"{said} does not act through {hook}: replacing it changes nothing, or too much; give another")
+        widths[hook] = found[0].shape[2]
+    return _with_widths(cfg, widths[cfg.reads[0]], widths[cfg.writes[0]])
 
 
 class _Recorded(Exception):
@@ -106,6 +148,13 @@ def record(
         model(tokens, return_type=None)
     assert recorded.keys() == set(hook_names), f"of {hook_names} only {list(recorded)} fired"
     return recorded
+
+
+def side_by_side(
+    by_hook: Mapping[str, Float[Tensor, "*batch act_size"]], hooks: Sequence[str]
+) -> Float[Tensor, "*batch width"]:
+    """Join the activations at some hooks into the x or y of a dictionary; those of one hook are not copied."""
+    return by_hook[hooks[0]] if len(hooks) == 1 else torch.cat([by_hook[hook] for hook in hooks], dim=-1)
 
 
 @contextlib.contextmanager

@@ -161,19 +161,24 @@ def report(source: str) -> None:
     """
     df = load_results(source)
     print(f"\n{format_table(df)}\n", flush=True)
-    folder, history, cosines = Path.cwd(), None, []
+    folder, history, cosines, norms = Path.cwd(), None, [], []
     if not source.startswith("wandb:"):
         folder, history = Path(source), load_history(source)
     df.to_csv(folder / "results.csv", index=False)
     print(f"table        {folder / 'results.csv'}")
     if saved := df["checkpoint"].notna().sum():
-        from analysis.latents import nearest_cosines_of  # late, with torch: the table alone is there at once
+        from analysis.latents import (
+            nearest_cosines_of,
+            norms_by_layer_of,
+        )  # late, with torch: the table is there at once
 
         print(f"checkpoints  {folder}/**/step-*  ({saved})")
         cosines = [path and nearest_cosines_of(path) for path in df["checkpoint"]]
+        several = [isinstance(layer, tuple) for layer in df["layer"]]
+        norms = [norms_by_layer_of(path) if path and s else None for path, s in zip(df["checkpoint"], several)]
     if any(folder.glob("wandb/offline-run-*")):
         print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
-    for figure in save_figures(df, folder, history, cosines)[::2]:
+    for figure in save_figures(df, folder, history, cosines, norms)[::2]:
         print(f"figure       {figure}, .pdf")
 
 

@@ -1,15 +1,17 @@
 """Sparse dictionaries. All types share BaseAutoencoder; a type says only how latents are chosen and what it penalises.
 
+    x, y  = the activations at the hooks cfg.reads and cfg.writes, side by side; where these are the same, y is x
     z     = (x - mean) / (std + 1e-5) per token if input_unit_norm, else x        std unbiased
-    s     = sqrt(mean over batch and act_size of (z - mean(z))^2), of the first batch
-    pre   = (z - b_dec) W_enc + b_enc
+            x with each hook's part divided by its share of the scale, if there are several hooks; y likewise
+    s     = sqrt(mean over batch and d_out of (y - mean(y))^2), of the first batch (of z, if y is x)
+    pre   = (z - b_dec) W_enc + b_enc;   z W_enc + b_enc if y is not x
     f     = VanillaSAE     relu(pre)
             TopKSAE        relu of the k largest of each row
             BatchTopKSAE   relu of the k * B largest of the batch; in evaluation pre * [pre > threshold]
             JumpReLUSAE    pre * [pre > threshold_j]
             MatryoshkaSAE  as BatchTopKSAE
-    y_hat = f W_dec + b_dec;   sae_out = y_hat * std + mean
-    loss  = mean over batch and act_size of (y_hat - z)^2 / s^2
+    y_hat = f W_dec + b_dec (+ z W_skip);   sae_out = y_hat * std + mean
+    loss  = mean over batch and d_out of (y_hat - y)^2 / s^2
             + Vanilla      c * mean over batch of sum_j f_j ||W_dec_j|| / s
             + JumpReLU     10 (L0 / target_l0 - 1)^2         L0 = mean over batch of sum_j [pre_j > threshold_j]
             + all others   aux_penalty * AuxK, JumpReLU too
@@ -42,7 +44,7 @@ from runtime.checks import require
 NORM_EPS = 1e-5
 PROJECTED_ROWS = 1024  # at a time on a CPU: what is multiplied stays in its cache
 AUXK_LEAST_VARIANCE = 1e-6
-AUXK_LATENTS = 2  # times act_size: dead latents that are trained at a time
+AUXK_LATENTS = 2  # times d_out: dead latents that are trained at a time
 THRESHOLD_MEMORY = 0.9  # of BatchTopK's running mean: about the last ten batches
 UNIT = 1e-4  # decoder rows whose norms differ from 1 by less have norm 1
 L0_PENALTY = 10  # of JumpReLU, on the squared relative excess of L0
@@ -52,9 +54,9 @@ L1_START, L1_GAIN, L1_INTEGRAL_GAIN, MOST_EXCESS = 0.5, 2.0, 0.2, 3.0  # of the 
 
 @dataclass(frozen=True)
 class SAEOutput:
-    """What `sae(x)` returns: the reconstruction in x's space and shape, the latents, and named, weighted loss terms."""
+    """What `sae(x)` returns: the reconstruction in y's space, the latents, and named, weighted loss terms."""
 
-    sae_out: Float[Tensor, "*batch act_size"]
+    sae_out: Float[Tensor, "*batch d_out"]
     latents: SparseLatents
     losses: dict[str, Float[Tensor, ""]]
 
@@ -65,6 +67,22 @@ class SAEOutput:
 
 def _alone(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _directions(count: int, width: int, rng: torch.Generator) -> Float[Tensor, "count width"]:
+    directions = torch.randn(count, width, generator=rng)
+    return directions.div_(directions.norm(dim=1, keepdim=True))
+
+
+def _check(name: str, acts: Tensor, width: int) -> None:
+    fits = acts.is_floating_point() and acts.ndim >= 1 and acts.shape[-1] == width and acts.numel() > 0
+    give = f"give floating-point activations [..., {width}], at least one row"
+    require(fits, f"{name} = {acts.dtype} {list(acts.shape)}: {give}")
+
+
+def _std(rows: Float[Tensor, "batch width"], mean: Callable[[Tensor], Tensor]) -> Float[Tensor, "width"]:
+    """Compute each column's standard deviation; `mean` is that of the processes that share the batch."""
+    return mean((rows - mean(rows.mean(dim=0))).pow(2).mean(dim=0)).sqrt()
 
 
 class Lent(NamedTuple):
@@ -81,9 +99,9 @@ class Lent(NamedTuple):
 class BaseAutoencoder(nn.Module):
     """Hold what the types share: parameters, normalisation, the decoder, the counters of dead latents.
 
-    W_enc [act_size, dict_size] (stored latent by latent, so its gradient is written row by row like the decoder's),
-    b_enc [dict_size], W_dec [dict_size, act_size] with rows of norm 1, b_dec [act_size].
-    Raises ValueError when cfg.act_size is not given.
+    W_enc [d_in, dict_size] (stored latent by latent, so its gradient is written row by row like the decoder's),
+    b_enc [dict_size], W_dec [dict_size, d_out] with rows of norm 1, b_dec [d_out]; W_skip [d_in, d_out] with cfg.skip.
+    Raises ValueError when cfg does not give the width of each hook.
     """
 
     sae_type: ClassVar[str]
@@ -92,27 +110,34 @@ class BaseAutoencoder(nn.Module):
         super().__init__()
         cfg = replace(cfg, sae_type=self.sae_type)
         require(cfg.act_size, "act_size = None: give the width of the activations, such as 768 for gpt2")
+        require(cfg.target_size or not cfg.target_site, "target_size = None: give the width at target_site")
         self.cfg, self.uses_auxk = cfg, "aux_penalty" in cfg.type.fields
-        D, F = cfg.act_size, cfg.dict_size
-        directions = torch.randn(F, D, generator=torch.Generator().manual_seed(cfg.seed))
-        directions /= directions.norm(dim=1, keepdim=True)
-        self.W_dec = nn.Parameter(directions)
-        self.W_enc = nn.Parameter(directions.clone().t())
+        self.y_is_x = cfg.target_site is None
+        F, rng = cfg.dict_size, torch.Generator().manual_seed(cfg.seed)
+        self.W_dec = nn.Parameter(_directions(F, cfg.d_out, rng))
+        W_enc = self.W_dec.detach().clone() if self.y_is_x else _directions(F, cfg.d_in, rng)
+        self.W_enc = nn.Parameter(W_enc.t())
         self.b_enc = nn.Parameter(torch.zeros(F))
-        self.b_dec = nn.Parameter(torch.zeros(D))
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_out))
+        self.W_skip = nn.Parameter(torch.zeros(cfg.d_in, cfg.d_out)) if cfg.skip else None
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
-        # The s that initialise_from measures; 0 in a new SAE, below 0 in a loaded one whose scale is not known yet.
+        # What initialise_from measures; 0 in a new SAE, below 0 in a loaded one whose scale is not known yet.
         self.register_buffer("input_scale", torch.zeros(()))
+        if not self.y_is_x:
+            self.register_buffer("target_scale", torch.zeros(()))
+        if len(cfg.layers) > 1:
+            self.register_buffer("hook_scales", torch.ones(len(cfg.layers)))  # of each hook, relative to all
         self.l1_coeff = cfg.l1_coeff  # a trainer lets it rise
         self.lent = Lent()
 
     def extra_repr(self) -> str:
         cfg = self.cfg
-        return f"{cfg.act_size} -> {cfg.dict_size}, {setting(cfg)}, {cfg.model_name} {cfg.hook_name}"
+        hooks = ", ".join(dict.fromkeys((*cfg.reads, *cfg.writes)))
+        return f"{cfg.d_in} -> {cfg.dict_size} -> {cfg.d_out}, {setting(cfg)}, {cfg.model_name} {hooks}"
 
     # ---- what a type says ----
 
-    def select(self, centred: Float[Tensor, "batch act_size"]) -> Selection | None:
+    def select(self, centred: Float[Tensor, "batch d_in"]) -> Selection | None:
         """Choose the latents that can fire or receive gradient; None when they are so many that dense products win."""
         raise NotImplementedError
 
@@ -124,7 +149,7 @@ class BaseAutoencoder(nn.Module):
         raise NotImplementedError
 
     def losses(
-        self, z: Float[Tensor, "batch act_size"], y: Float[Tensor, "batch d_out"], code: SparseLatents
+        self, z: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], code: SparseLatents
     ) -> dict[str, Float[Tensor, ""]]:
         """Name the loss terms, weighted: first how far the reconstructions are from y, then what a type adds."""
         return {"mse": (code.y_hats - y).pow(2).mean() / self.scale.square()}
@@ -139,58 +164,84 @@ class BaseAutoencoder(nn.Module):
 
     # ---- the shared computation ----
 
-    def forward(self, x: Float[Tensor, "*batch act_size"], y: Tensor | None = None) -> SAEOutput:
-        """Reconstruct y, which for a sparse autoencoder is x itself. No parameter, counter or threshold changes.
+    def forward(self, x: Float[Tensor, "*batch d_in"], y: Float[Tensor, "*batch d_out"] | None = None) -> SAEOutput:
+        """Reconstruct y, which is x itself unless cfg has a target_site. No parameter, counter or threshold changes.
 
-        Raises ValueError when x has another width, no rows or no floating-point numbers.
+        A transcoder's output does not depend on y; without it there are no losses.
+        Raises ValueError when x or y has another width, no rows or no floating-point numbers.
         """
-        self._check_input(x)
-        assert y is None or y is x, "a sparse autoencoder is compared with what it reads"
+        _check("x", x, self.cfg.d_in)
         z, std, mean = self.normalise(x.reshape(-1, x.shape[-1]))
-        centred = (z - self.b_dec).detach()
+        target = z if self.y_is_x else None if y is None else self.target(y)
+        centred = self._centred(z).detach()
         selection = self.select(self._for_product(centred))
         W_enc, W_dec, dead = self._weights()
         if selection is None:
             pre, support = self._dense_product(z, W_enc, self.b_enc), None
         else:
-            pre = sparse.pre_activations(z, W_enc, self.b_enc, self.b_dec, centred, selection, self.lent.memory)
+            pre = sparse.pre_activations(z, W_enc, self.b_enc, self._centre, centred, selection, self.lent.memory)
             support = selection.support
         code = SparseLatents(pre, pre, support)
         code = replace(code, acts=self.activate(code))
-        code = replace(code, y_hats=self.reconstruct(code, W_dec))
+        y_hats = self.reconstruct(code, W_dec)
+        code = replace(code, y_hats=y_hats if self.W_skip is None else y_hats + z @ self.W_skip)
         y_hat = code.y_hats[-1]
-        losses = self.losses(z, z, code)
-        if dead is not None:
-            losses["auxk"] = self.cfg.aux_penalty * self._auxk(z, (z - y_hat).detach(), *dead)
-        return SAEOutput((y_hat * std + mean).view(x.shape), code, losses)
+        losses = {} if target is None else self.losses(z, target, code)
+        if dead is not None and target is not None:
+            losses["auxk"] = self.cfg.aux_penalty * self._auxk(z, (target - y_hat).detach(), *dead)
+        return SAEOutput((y_hat * std + mean).view(*x.shape[:-1], -1), code, losses)
 
-    def encode(self, x: Float[Tensor, "*batch act_size"]) -> Float[Tensor, "*batch dict_size"]:
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch dict_size"]:
         """Compute latents, dense, as in evaluation whatever the mode: a row's latents do not depend on its batch."""
-        self._check_input(x)
+        _check("x", x, self.cfg.d_in)
         pre = self._dense_product(self.normalise(x.reshape(-1, x.shape[-1]))[0], self.W_enc, self.b_enc)
         return self.activate(SparseLatents(pre, pre, None)).view(*x.shape[:-1], -1)
 
-    def decode(self, acts: Float[Tensor, "*batch dict_size"]) -> Float[Tensor, "*batch act_size"]:
-        """Reconstruct from latents. With input_unit_norm this is y_hat: they lack a token's mean and std."""
+    def decode(self, acts: Float[Tensor, "*batch dict_size"]) -> Float[Tensor, "*batch d_out"]:
+        """Reconstruct from latents, without a skip connection.
+
+        This is y_hat: with input_unit_norm it lacks a token's mean and std, with several hooks the scale of each.
+        """
         return acts @ self.W_dec + self.b_dec
 
-    def normalise(self, x: Float[Tensor, "batch act_size"]) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """Scale each token as cfg.input_unit_norm says: z, and the std and mean that map a reconstruction back."""
+    def normalise(self, x: Float[Tensor, "batch d_in"]) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Scale each token as cfg.input_unit_norm says, or each of several hooks to the same standard deviation.
+
+        Returns z, and the std and mean that map a reconstruction back.
+        """
         x = x.to(self.W_enc.dtype)
+        if len(self.cfg.layers) > 1:
+            std = self.hook_scales.repeat_interleave(self.cfg.act_size)
+            return x / std, std, 0.0
         if not self.cfg.input_unit_norm:
             return x, 1.0, 0.0
         mean, std = x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True)
         return (x - mean) / (std + NORM_EPS), std, mean
 
+    def target(self, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "batch d_out"]:
+        """Return what y_hat is compared with: y normalised as x is, where y is x; else y itself."""
+        _check("y", y, self.cfg.d_out)
+        rows = y.reshape(-1, y.shape[-1])
+        return self.normalise(rows)[0] if self.y_is_x else rows.to(self.W_dec.dtype)
+
     @property
     def scale(self) -> Float[Tensor, ""]:
-        """The s in which losses and thresholds are measured; 1 before it is known."""
-        return torch.where(self.input_scale > 0, self.input_scale, 1)
+        """The s in which losses and latents are measured; 1 before it is known."""
+        scale = self.input_scale if self.y_is_x else self.target_scale
+        return torch.where(scale > 0, scale, 1)
+
+    @property
+    def _centre(self) -> Tensor | None:
+        """What is subtracted from z before it is encoded: b_dec, if that lies in the same space."""
+        return self.b_dec if self.y_is_x else None
+
+    def _centred(self, z: Tensor) -> Tensor:
+        return z if self._centre is None else z - self._centre
 
     def _dense_product(self, z: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         """Compute every pre-activation of normalised activations."""
-        centred, bias = z - self.b_dec, b_enc
-        if not z.requires_grad:
+        centred, bias = self._centred(z), b_enc
+        if self.y_is_x and not z.requires_grad:
             # b_dec's gradient by a vector, not a batch: what is subtracted is 0, its gradient is not.
             centred = centred.detach()
             bias = b_enc - (self.b_dec - self.b_dec.detach()) @ W_enc.detach()
@@ -198,12 +249,6 @@ class BaseAutoencoder(nn.Module):
 
     def _for_product(self, matrix: Tensor) -> Tensor:
         return matrix.bfloat16() if self.cfg.product_dtype == "bfloat16" else matrix
-
-    def _check_input(self, x: Tensor) -> None:
-        D = self.cfg.act_size
-        fits = x.is_floating_point() and x.ndim >= 1 and x.shape[-1] == D and x.numel() > 0
-        give = f"give floating-point activations [..., {D}], at least one row"
-        require(fits, f"x = {x.dtype} {list(x.shape)}: {give}")
 
     # ---- dead latents ----
 
@@ -223,7 +268,7 @@ class BaseAutoencoder(nn.Module):
         count = int(self.dead.sum()) if count is None else count
         if count == 0:
             return self.W_enc, self.W_dec, None
-        dead = self.tokens_since_fired.topk(min(count, AUXK_LATENTS * self.cfg.act_size)).indices
+        dead = self.tokens_since_fired.topk(min(count, AUXK_LATENTS * self.cfg.d_out)).indices
         W_enc, W_enc_dead = (w.t() for w in sparse.split_rows(self.W_enc.t(), dead))
         W_dec, W_dec_dead = sparse.split_rows(self.W_dec, dead)
         return W_enc, W_dec, (W_enc_dead, self.b_enc[dead], W_dec_dead)
@@ -233,7 +278,7 @@ class BaseAutoencoder(nn.Module):
 
         It is the error's unexplained share, MSE(e_hat, e) / MSE(mean(e), e).
         """
-        k, centred = self.cfg.top_k_aux or -(-self.cfg.act_size // 2), (z - self.b_dec).detach()
+        k, centred = self.cfg.top_k_aux or -(-self.cfg.d_out // 2), self._centred(z).detach()
         floor = torch.zeros_like(b_enc)
         selection = choose.above(self._for_product(centred), W_enc, b_enc, floor, choose.MAX_DENSITY)
         if selection is None:
@@ -244,7 +289,7 @@ class BaseAutoencoder(nn.Module):
             e_hat = acts @ W_dec
         else:
             selection = choose.at_most(selection, k)
-            pre = sparse.pre_activations(z, W_enc, b_enc, self.b_dec, centred, selection)
+            pre = sparse.pre_activations(z, W_enc, b_enc, self._centre, centred, selection)
             e_hat = sparse.decode(torch.relu(pre), selection.support, W_dec)
         unexplained = (e_hat - error).pow(2).mean()
         mean = self.lent.mean(error.mean(dim=0))
@@ -256,24 +301,33 @@ class BaseAutoencoder(nn.Module):
     # ---- training ----
 
     @torch.no_grad()
-    def initialise_from(self, x: Float[Tensor, "*batch act_size"]) -> None:
-        """Set input_scale to the s of a batch and, in a new SAE, b_dec to its mean.
+    def initialise_from(self, x: Float[Tensor, "*batch d_in"], y: Float[Tensor, "*batch d_out"] | None = None) -> None:
+        """Take the scales from a batch and, in a new SAE, b_dec (the mean of y) and what else its type starts from.
 
-        Raises ValueError on an x that `forward` refuses.
+        Raises ValueError on an x or y that `forward` refuses.
         """
-        self._check_input(x)
-        z = self.normalise(x.reshape(-1, x.shape[-1]))[0]
-        mean = self.lent.mean(z.mean(dim=0))
+        _check("x", x, self.cfg.d_in)
+        mean, rows = self.lent.mean, x.reshape(-1, x.shape[-1])
         is_new = bool(self.input_scale == 0)
-        self.input_scale.copy_(self.lent.mean((z - mean).pow(2).mean()).sqrt())
+        if len(self.cfg.layers) > 1 and is_new:
+            of_hooks = _std(rows, mean).unflatten(0, (-1, self.cfg.act_size)).square().mean(dim=1).sqrt()
+            self.hook_scales.copy_(of_hooks / of_hooks.square().mean().sqrt())
+        z = self.normalise(rows)[0]
+        self.input_scale.copy_(_std(z, mean).square().mean().sqrt())
+        target = z if self.y_is_x else self.target(y)
+        if not self.y_is_x:
+            self.target_scale.copy_(_std(target, mean).square().mean().sqrt())
         if is_new:
-            self.b_dec.copy_(mean)
+            self.b_dec.copy_(mean(target.mean(dim=0)))
+            if not self.y_is_x:
+                self.W_enc *= self.scale / self.input_scale
+                self.b_enc.copy_(-mean(z.mean(dim=0)) @ self.W_enc)
             self.begin(z)
 
-    def begin(self, z: Float[Tensor, "batch act_size"]) -> None:
+    def begin(self, z: Float[Tensor, "batch d_in"]) -> None:
         """Set what else a new SAE of this type takes from its first batch."""
 
-    def finish(self, z: Float[Tensor, "batch act_size"]) -> None:
+    def finish(self, z: Float[Tensor, "batch d_in"]) -> None:
         """Do what this type needs after the last step of training, on the batch of that step."""
 
     @torch.no_grad()
@@ -293,12 +347,14 @@ class BaseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def units(self) -> dict[str, float]:
-        """Give the unit of each parameter: s where it is one of activations, 1 where it is one of directions.
+        """Give the unit of each parameter: s where it is one of latents or y, 1 where it is one of directions.
 
         In these units training is the same whatever the activations are multiplied by. Waits for the device.
         """
         scale = float(self.scale)
-        return {name: 1.0 if name in ("W_enc", "W_dec") else scale for name, _ in self.named_parameters()}
+        from_x = 1.0 if self.y_is_x else scale / float(self.input_scale)
+        others = {"W_enc": from_x, "W_skip": from_x, "W_dec": 1.0}
+        return {name: others.get(name, scale) for name, _ in self.named_parameters()}
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -335,16 +391,16 @@ class PenalisedAutoencoder(BaseAutoencoder):
         raise NotImplementedError
 
     @torch.no_grad()
-    def meet(self, z: Float[Tensor, "batch act_size"], l0: int) -> None:
+    def meet(self, z: Float[Tensor, "batch d_in"], l0: int) -> None:
         """Raise or lower the floor of all latents by one number, so that `l0` of them fire per row of z."""
-        margins = choose.largest(z - self.b_dec, self.W_enc, self.b_enc - self.floor, l0 * len(z))
+        margins = choose.largest(self._centred(z), self.W_enc, self.b_enc - self.floor, l0 * len(z))
         self.raise_floor(self.lent.mean(margins.pre.amin()))
 
-    def begin(self, z: Float[Tensor, "batch act_size"]) -> None:
+    def begin(self, z: Float[Tensor, "batch d_in"]) -> None:
         """Let twice as many latents fire as should at the end: from too few, dead ones do not come back."""
         self.meet(z, min(2 * self.cfg.target_l0, self.cfg.dict_size))
 
-    def finish(self, z: Float[Tensor, "batch act_size"]) -> None:
+    def finish(self, z: Float[Tensor, "batch d_in"]) -> None:
         """Take away what is left between the L0 of the last batch and target_l0."""
         if self.cfg.steers_l0:
             self.meet(z, self.cfg.target_l0)
@@ -389,7 +445,7 @@ class VanillaSAE(PenalisedAutoencoder):
         if not self.cfg.steers_l0:
             return self.l1_coeff
         integral, excess = self.steering
-        return (integral + L1_GAIN * excess) / math.sqrt(self.cfg.act_size * self.cfg.target_l0)
+        return (integral + L1_GAIN * excess) / math.sqrt(self.cfg.d_out * self.cfg.target_l0)
 
     @torch.no_grad()
     def after_step(self, code: SparseLatents) -> None:

@@ -10,13 +10,13 @@ import huggingface_hub.constants
 import results
 from activation_store import ActivationsStore
 from config import Config, by_stream
+from interop.pretrained import new_sae
 from language_model import Model, check_hooks, load_model
 from logs import RunLog, begin_sweep, load_progress, read_sweep
 from runtime import ranks
 from runtime.checks import require
 from runtime.dry_run import describe
 from runtime.preflight import check, check_machine
-from sae import SAE_TYPES
 from training import Stopped, heading, train
 
 
@@ -34,7 +34,6 @@ def _model_of(cfg: Config, held: dict[tuple, Model]) -> Model:
     if key not in held:
         held.clear()
         held[key] = load_model(cfg)
-    check_hooks(held[key], cfg)
     return held[key]
 
 
@@ -44,15 +43,16 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
     Goes on where the folder's last run stopped, if there was one. Processes of torchrun all call this. Returns None, or
     how far it came when it was stopped. Raises what `training.train` does.
     """
-    cfgs = check(cfgs, folder)
-    progress, groups, own, held = load_progress(folder), by_stream(cfgs), ranks.own(cfgs), {}
-    left, stopped = list(enumerate(groups))[progress["group"] :], None
+    cfgs, progress, held, stopped = check(cfgs, folder), load_progress(folder), {}, None
+    # Every hook is tried before anything is trained; the model of the first group is the last to be loaded.
+    to_train = [cfg for group in reversed(by_stream(cfgs)[progress["group"] :]) for cfg in group]
+    known = {cfg.name: check_hooks(_model_of(cfg, held), cfg) for cfg in to_train}
+    cfgs = [known.get(cfg.name, cfg) for cfg in cfgs]
+    own, left = ranks.own(cfgs), list(enumerate(by_stream(cfgs)))[progress["group"] :]
     if folder.exists() and progress == {"group": 0}:
         print("no state was saved; starting from the beginning", flush=True)
     if not left:
         print("this sweep has been trained to its end", flush=True)
-    for _, (cfg, *_) in reversed(left):
-        _model_of(cfg, held)  # before anything is trained, so that a hook missing in a later group is reported now
     try:
         for index, group in left:
             state = progress if "step" in progress else None
@@ -61,7 +61,7 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
                 on = f", on from step {state['step']:,}" if state else ""
                 print(f"{heading(trained_here)}{on}", flush=True)
                 store = ActivationsStore(_model_of(group[0], held), trained_here, state and state["store"])
-                saes = [SAE_TYPES[cfg.sae_type](cfg) for cfg in trained_here]  # `train` places them
+                saes = [new_sae(cfg) for cfg in trained_here]  # `train` places them
                 begin_sweep(folder, cfgs)  # the first thing written: all that can be refused was checked before
                 with contextlib.closing(RunLog(folder, trained_here, index, state["step"] if state else 0)) as log:
                     train(saes, store, log, state, should_stop)

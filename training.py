@@ -16,6 +16,7 @@ from config import Config
 from evaluation import HeldOut, evaluate, training_metrics
 from kernels import sparse
 from kernels.sparse import GradientMemory
+from language_model import side_by_side
 from logs import RunLog
 from runtime import ranks
 from runtime.checks import explained, require
@@ -53,7 +54,8 @@ class Trainer:
         self.sae, self.cfg = sae.train(), sae.cfg
         sae.fold_decoder_norms()
         weights = () if sparse.on_gpu(sae.W_dec) else ("W_enc", "W_dec")
-        memory = GradientMemory(**{name: torch.empty_like(sae.W_dec.detach()) for name in weights})
+        by_latent = {"W_enc": sae.W_enc.detach().t(), "W_dec": sae.W_dec.detach()}
+        memory = GradientMemory(**{name: torch.empty_like(by_latent[name]) for name in weights})
         sae.lent = Lent(ranks.count(), ranks.mean, ranks.either, self._num_dead, memory, unit_rows=True)
         # Fused Adam is five times slower on W_enc as it lies, latent by latent: it is given the transposed view.
         self.views = [p.detach() if p.is_contiguous() else p.detach().t() for p in sae.parameters()]
@@ -65,18 +67,21 @@ class Trainer:
         self._checked, self._at = torch.zeros(2 + len(self.views), device=sae.W_dec.device), torch.tensor(0)
         self._dead: tuple[Tensor, torch.cuda.Event | None] | None = None  # on a GPU: their number, on its way here
 
-    def step(self, x: Float[Tensor, "batch act_size"], step: int) -> SAEOutput:
+    def step(
+        self, x: Float[Tensor, "batch d_in"], step: int, y: Float[Tensor, "batch d_out"] | None = None
+    ) -> SAEOutput:
         """Train on a batch, or on this process's share of it; returns the output of its forward pass.
 
-        A new SAE takes b_dec and the scale of the activations from the first batch, and its L0 from the last.
+        y is what a transcoder is compared with. A new SAE takes b_dec and the scale of the activations from the first
+        batch, and its L0 from the last.
         From the first step on in which a number is not finite the optimiser changes nothing: see `failure`.
         """
         sae, cfg = self.sae, self.cfg
         assert all(p.grad is None for p in sae.parameters()), "gradients from before: a step makes its own"
         if not self.units:
-            self._begin(x)
+            self._begin(x, y)
         sae.l1_coeff = sparsity_coefficient(cfg, step)
-        out = sae(x)
+        out = sae(x, y)
         (out.loss / ranks.count()).backward()
         lr, groups = learning_rate(cfg, step), self.optimizer.param_groups
         for (name, p), view, unit, group in zip(sae.named_parameters(), self.views, self.units, groups):
@@ -87,7 +92,7 @@ class Trainer:
         ranks.add_([view.grad for view in self.views])
         sae.project_decoder_gradient()
         norms = torch.stack([view.grad.norm() for view in self.views])
-        failed = self._check(x, out.loss.detach(), norms, step)
+        failed = self._check(x if y is None else y, out.loss.detach(), norms, step)
         # Fused Adam divides gradients by grad_scale as it reads them, and does nothing where found_inf is 1.
         self.optimizer.grad_scale = (norms.norm() / cfg.max_grad_norm).clamp_min(1).float()
         self.optimizer.found_inf = failed.float()
@@ -103,10 +108,11 @@ class Trainer:
         self.steps = step + 1
         return out
 
-    def _begin(self, x: Tensor) -> None:
+    def _begin(self, x: Tensor, y: Tensor | None) -> None:
         """Measure the scale of the activations, unless the SAE knows it: parameters are trained in units of it."""
-        if self.sae.input_scale <= 0 and not ranks.either(~x.isfinite().all()):
-            self.sae.initialise_from(x)
+        finite = torch.stack([acts.isfinite().all() for acts in (x, y) if acts is not None]).all()
+        if self.sae.input_scale <= 0 and not ranks.either(~finite):
+            self.sae.initialise_from(x, y)
         self.units = list(self.sae.units().values())
 
     def _count_dead(self) -> None:
@@ -172,13 +178,15 @@ def train(
     JumpReLU its thresholds too) from the first batch; one that was trained before goes on from where it is. Metrics and
     checkpoints go to `log`, and so does the `state` from which another call, with a store made from it, goes on to the
     same end; it is emptied once it is loaded. Where the Config names no GPU, the SAEs are placed on all in turn.
-    Raises: ValueError when an SAE has another stream; MemoryError; FloatingPointError when a number is not finite,
-    after the other SAEs were saved; Stopped after a step in which `should_stop` says so.
+    Raises: ValueError when an SAE has another stream or hook; MemoryError; FloatingPointError when a number is not
+    finite, after the other SAEs were saved; Stopped after a step in which `should_stop` says so.
     """
     cfg = store.cfg
     for sae in saes:
         another = f"{sae.cfg.name}: its stream of activations is not the store's; train it with its own store"
         require(sae.cfg.stream == cfg.stream, another)
+        absent = ", ".join({*sae.cfg.widths} - {*store.hooks})
+        require(not absent, f"{sae.cfg.name}: the store does not read {absent}; make it with this Config too")
     devices = placements(cfg)
     with contextlib.ExitStack() as stack:
         trainers = []
@@ -201,7 +209,7 @@ class _Loop:
     ) -> None:
         self.trainers, self.store, self.log, self.should_stop = trainers, store, log, should_stop
         self.cfg, self.saes = store.cfg, [trainer.sae for trainer in trainers]
-        self.held_out = HeldOut(store.model, store.held_out_tokens(), self.cfg)
+        self.held_out = HeldOut(store.model, store.held_out_tokens())
         self.results: list[dict[str, float]] = []
         self.next_save = time.perf_counter() + FIRST_SAVE_SECONDS
 
@@ -266,11 +274,12 @@ class _Loop:
         sae = trainer.sae
         if trainer.steps > step:  # it took this step before another SAE ran out of memory
             return {}
-        x = rows[sae.cfg.hook_name].to(sae.W_dec.device)
-        out = trainer.step(x, step)
+        x = side_by_side(rows, sae.cfg.reads).to(sae.W_dec.device)
+        y = None if sae.y_is_x else side_by_side(rows, sae.cfg.writes).to(sae.W_dec.device)
+        out = trainer.step(x, step, y)
         if not is_log_step:
             return {}
-        return training_metrics(sae, x, out) | {"train/lr": learning_rate(sae.cfg, step)}
+        return training_metrics(sae, x if y is None else y, out) | {"train/lr": learning_rate(sae.cfg, step)}
 
     def _evaluate(self, done: int) -> None:
         self.results = evaluate(self.held_out, self.saes)
@@ -340,9 +349,10 @@ class _Loop:
 
 
 def heading(cfgs: list[Config]) -> str:
-    """Say of SAEs that share a stream how many they are, and on which activations."""
-    cfg = cfgs[0]
-    return f"{_number(cfgs)} on {cfg.model_name} {cfg.hook_name}, {cfg.num_steps * cfg.batch_size:,} activations"
+    """Say of dictionaries that share a stream how many they are, and on which activations."""
+    cfg, hooks = cfgs[0], list(dict.fromkeys(hook for c in cfgs for hook in c.widths))
+    where = hooks[0] if len(hooks) == 1 else f"{len(hooks)} hooks"
+    return f"{_number(cfgs)} on {cfg.model_name} {where}, {cfg.num_steps * cfg.batch_size:,} activations"
 
 
 def _number(saes: list[BaseAutoencoder] | list[Config]) -> str:

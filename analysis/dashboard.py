@@ -24,7 +24,7 @@ from analysis.latents import nearest_latents
 from config import Config, setting
 from evaluation import evaluation_mode
 from interop.pretrained import load_pretrained
-from language_model import Model, check_model, load_model, ordinary_positions, record
+from language_model import Model, check_model, load_model, ordinary_positions, record, side_by_side
 from runtime.checks import require
 from runtime.cli import Parser
 from runtime.disk import write_durably
@@ -33,6 +33,7 @@ from text import held_out_windows
 
 TEMPLATE = Path(__file__).with_name("dashboard.html")
 MARK = "<!-- data -->"  # in the template twice: for the table, which can then be drawn, and for all the rest
+RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 STRONGEST = 16  # contexts of a latent, each from another window
 SAMPLED = 64  # activations of a latent, from which its weaker contexts are chosen
 BANDS = 4  # quantiles, each with as many activations
@@ -161,13 +162,13 @@ def latent_statistics(sae: BaseAutoencoder, model: Model, tokens: Int[Tensor, "w
 
 def activations(sae: BaseAutoencoder, model: Model, tokens: Int[Tensor, "window pos"]) -> Iterator[Activations]:
     """Compute the SAE's activations at the ordinary positions, in order, a few whole windows at a time."""
-    F, device, hook, first = sae.cfg.dict_size, sae.W_dec.device, sae.cfg.hook_name, 0
+    F, device, hooks, first = sae.cfg.dict_size, sae.W_dec.device, sae.cfg.reads, 0
     at_a_time = max(1, DENSE_NUMBERS // (tokens.shape[1] * F))
     for batch in tqdm(tokens.split(min(sae.cfg.model_batch_size, at_a_time)), desc="text", disable=None, leave=False):
         ordinary = ordinary_positions(batch, model.tokenizer)
         windows, positions = ordinary.nonzero(as_tuple=True)
         if len(windows):
-            x = record(model, batch.to(model.W_U.device), [hook])[hook]
+            x = side_by_side(record(model, batch.to(model.W_U.device), hooks), hooks)
             latents = sae(x[ordinary.to(x.device)].to(device)).latents
             rows = latents.rows.cpu()
             found = np.empty(len(rows), ACTIVATION)
@@ -251,7 +252,7 @@ def direct_effects(sae: BaseAutoencoder, model: Model, count: int) -> tuple[Rank
     The row, scaled to root mean square 1, goes through the model's own final norm and unembedding as if it were the
     whole residual stream. What they make of zero (their biases) is subtracted, and so is the mean over the vocabulary,
     which no probability depends on. With LayerNorm the logits are ((d - mean(d)) / std(d) * ln_final.weight) @ W_U, up
-    to that mean, for d = W_dec_j. This holds for sites in the residual stream or added to it: all but "z".
+    to that mean, for d = W_dec_j. This holds where what is written is in the residual stream or added to it: RESIDUAL.
     """
     vocab = min(model.cfg.d_vocab, len(model.tokenizer))  # a padded unembedding has tokens without a string
     device, dtype = model.W_U.device, model.W_U.dtype
@@ -274,7 +275,8 @@ def page(sae: BaseAutoencoder, model: Model, dataset_path: str, tokens: Int[Tens
     """Put the data into the template: tokens as indices into one table of strings, each window once."""
     cfg, F, statistics = sae.cfg, sae.cfg.dict_size, latent_statistics(sae, model, tokens)
     counts, peaks, bands, shown = statistics.counts, statistics.peaks, statistics.bands, statistics.shown
-    effects = () if cfg.site == "z" else direct_effects(sae, model, EFFECTS)
+    in_residual = (cfg.target_site or cfg.site) in RESIDUAL and len(cfg.layers) == 1
+    effects = direct_effects(sae, model, EFFECTS) if in_residual else ()
     nearest, cosines = (part.tolist() for part in nearest_latents(sae.W_dec, torch.arange(F), NEAREST))
     numbers, window = np.unique(peaks["context"] // F, return_inverse=True)
     ids = torch.cat([tokens[numbers].flatten(), *(some.flatten() for some, _ in effects)]).unique()
@@ -292,8 +294,8 @@ def page(sae: BaseAutoencoder, model: Model, dataset_path: str, tokens: Int[Tens
         "title": cfg.name,
         "facts": [
             ("Model", cfg.model_name),
-            ("Hook", cfg.hook_name),
-            ("SAE", f"{cfg.sae_type}, {setting(cfg)}"),
+            ("Hook", ", ".join(cfg.reads) if cfg.target_site is None else f"{cfg.reads[0]} to {cfg.writes[0]}"),
+            (cfg.kind, f"{cfg.sae_type}, {setting(cfg)}"),
             ("Latents", f"{F:,}, of which {(counts == 0).sum():,} never fired here"),
             ("L0", f"{counts.sum() / max(1, statistics.tokens):.1f}"),
             ("Text", f"the held-out tenth of {dataset_path}: {statistics.tokens:,} tokens in {len(tokens):,} windows"),

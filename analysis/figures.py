@@ -13,14 +13,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from config import RESULT_FIELDS, TYPES, SaeType, setting, unused_by
+from config import RESULT_FIELDS, TYPES, Config, SaeType, setting, unused_by
 from runtime.checks import require
 
 MARKERS = "osD^vPX*"
@@ -63,7 +63,7 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
 
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(1, 2), metrics.items()):
-        for (sae_type, width, *_), saes in df.groupby(["sae_type", "dict_size", *alike], dropna=False):
+        for (sae_type, width, *_), saes in df.groupby(["sae_type", "dict_size", *alike], dropna=False, sort=False):
             row, marker = TYPES[sae_type], markers[width if several else sae_type]
             style = dict(color=row.colour, marker=marker, linestyle=dashes[width])
             axes.plot(saes["l0"], saes[metric], label=f"{row.label} {width}", **style, **look)
@@ -143,17 +143,82 @@ def plot_cosines(df: pd.DataFrame, cosines: Sequence[Float[np.ndarray, "latents"
     return _histograms(df, cosines, edges, row_labels(df), "Cosine to nearest")
 
 
+@matplotlib.rc_context(STYLE)
+def plot_kinds(df: pd.DataFrame) -> Figure:
+    """Plot explained variance against three measures of sparsity, as no single one is fair to all kinds.
+
+    They are the latents that fire per token; these per hook that is reconstructed, as a crosscoder's stand for several;
+    and the parameters in use: encoder and decoder rows of the latents that fire, and a skip connection. Colours are
+    types, markers kinds. Raises ValueError when no row has an evaluation.
+    """
+    df = _evaluated(df)
+    require(len(df), "nothing to plot: no SAE has an evaluation with finite numbers and an L0 above 0")
+    hooks = _hooks(df)
+    d_in, d_out = df["act_size"] * hooks, df["target_size"].fillna(df["act_size"]).astype(float) * hooks
+    sparsity = {
+        "L0": df["l0"],
+        "L0 per reconstructed hook": df["l0"] / hooks,
+        "Parameters in use": df["l0"] * (d_in + d_out) + df["skip"] * d_in * d_out,
+    }
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    kinds = kinds_of(df)
+    markers = dict(zip(dict.fromkeys(kinds), MARKERS))
+    for axes, (label, x) in zip(figure.subplots(1, 3, sharey=True), sparsity.items()):
+        for sae_type, kind, at, value in zip(df["sae_type"], kinds, x, df["explained_variance"]):
+            axes.plot(at, value, color=TYPES[sae_type].colour, marker=markers[kind], markersize=5)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set(major_formatter=EngFormatter(sep=""), minor_locator=NullLocator())
+        axes.set_xlabel(label)
+        axes.tick_params(**TICKS)
+    figure.axes[0].set_ylabel("Explained variance")
+    entry = partial(Line2D, [], [], linestyle="")
+    types = [entry(label=row.label, color=row.colour, marker="s") for row in _types(df).values()]
+    shapes = [entry(label=kind, color="0.4", marker=marker) for kind, marker in markers.items()]
+    figure.legend(handles=[*types, *shapes], loc="outside lower center", fontsize=8, ncols=6)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_layers(df: pd.DataFrame, norms: Sequence[Float[np.ndarray, "dict_size layers"]]) -> Figure:
+    """Show in which layers each latent of a crosscoder is decoded: an image for each, its latents from early to late.
+
+    norms: one array for each row of the table, from latents.norms_by_layer. Raises ValueError when there is not.
+    """
+    _check_one_each(df, norms)
+    figure = Figure(figsize=(WIDTH, 0.5 + 1.2 * len(df)), layout="constrained")
+    panels = figure.subplots(len(df), 1, squeeze=False)[:, 0]
+    for axes, of_latents, layers, label, sae_type in zip(panels, norms, df["layer"], row_labels(df), df["sae_type"]):
+        place = np.square(of_latents) @ np.arange(len(layers))
+        look = dict(aspect="auto", origin="lower", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        image = axes.imshow(of_latents[place.argsort()].T, **look)
+        axes.set_title(f"{TYPES[sae_type].label}, {label}")
+        axes.set(yticks=range(len(layers)), yticklabels=layers, ylabel="Layer")
+        axes.grid(False)
+        axes.tick_params(labelsize=8)
+    panels[-1].set_xlabel("Latents, in the order of the layer where they are decoded")
+    figure.colorbar(image, ax=list(panels), label="Decoder norm")
+    return figure
+
+
 def save_figures(
     df: pd.DataFrame,
     folder: str | Path,
     history: pd.DataFrame | None = None,
     cosines: Sequence[Float[np.ndarray, "latents"] | None] = (),
+    norms: Sequence[Float[np.ndarray, "dict_size layers"] | None] = (),
 ) -> list[Path]:
-    """Write pareto, training (which needs a history) and cosines, as .png and .pdf; return their paths.
+    """Write pareto, training (which needs a history), cosines, kinds (where there are several) and layers (of
+    crosscoders) as .png and .pdf; return their paths.
 
-    cosines: one array for each row of df, None for an SAE without a checkpoint. Empty figures are left out.
+    cosines, norms: one array for each row of df, None where there is no checkpoint, or no crosscoder. Empty figures are
+    left out.
     """
-    figures = {} if _evaluated(df).empty else {"pareto": plot_pareto(df)}
+    evaluated = _evaluated(df)
+    figures = {} if evaluated.empty else {"pareto": plot_pareto(df)}
+    if len({*kinds_of(evaluated)}) > 1:
+        figures["kinds"] = plot_kinds(df)
+    if known := [i for i, n in enumerate(norms) if n is not None]:
+        figures["layers"] = plot_layers(df.iloc[known], [norms[i] for i in known])
     if history is not None and not df[["run", "name"]].merge(history).empty:
         figures["training"] = plot_training(df, history)
     if known := [i for i, c in enumerate(cosines) if c is not None and len(c)]:
@@ -177,13 +242,25 @@ def over_seeds(df: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """
     df = df.reset_index(drop=True)
     by = [field for field in RESULT_FIELDS if field in df and field != "seed"]
-    alike = df.groupby(by, dropna=False)
+    alike = df.groupby(by, dropna=False, sort=False)
     spread = alike[metrics].transform("std").add_suffix("_std").assign(seeds=alike["run"].transform("size"))
     of_all = df.drop(columns=[*metrics, "seed"], errors="ignore").join([alike[metrics].transform("mean"), spread])
     return of_all[~df.duplicated(by)]
 
 
+def kinds_of(df: pd.DataFrame) -> list[str]:
+    """Name the kind of each row, as Config.kind does."""
+    known = df[[field for field in ("layer", "site", "target_site", "skip") if field in df]]
+    fields = known.astype(object).where(known.notna(), None).to_dict("records")
+    return [Config(**of_row).kind for of_row in fields]
+
+
 # ---- the style ----
+
+
+def _hooks(df: pd.DataFrame) -> Int[np.ndarray, "saes"]:
+    """Count the hooks that each row reconstructs."""
+    return np.array([len(layer) if isinstance(layer, tuple) else 1 for layer in df["layer"]])
 
 
 def _evaluated(df: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from checkpoint import load_checkpoint
 from evaluation import batches, check_tokens
-from language_model import Model, ordinary_positions, record
+from language_model import Model, ordinary_positions, record, side_by_side
 from runtime.checks import require
 from sae import BaseAutoencoder
 
@@ -25,12 +25,13 @@ def feature_density(
     Raises: ValueError when the tokens do not fit the model or are special ones only.
     """
     check_tokens(model, tokens)
-    device, hook = sae.W_dec.device, sae.cfg.hook_name
+    device, hooks = sae.W_dec.device, sae.cfg.reads
     fired, positions = torch.zeros(sae.cfg.dict_size, dtype=torch.int64, device=device), 0
     for batch in batches(tokens.to(model.cfg.device), sae.cfg.dict_size):
         ordinary = ordinary_positions(batch, model.tokenizer)
         if ordinary.any():
-            fired += (sae.encode(record(model, batch, [hook])[hook][ordinary].to(device)) > 0).sum(dim=0)
+            x = side_by_side(record(model, batch, hooks), hooks)[ordinary]
+            fired += (sae.encode(x.to(device)) > 0).sum(dim=0)
             positions += int(ordinary.sum())
     require(positions, f"tokens = {list(tokens.shape)}: special ones only; give text")
     return fired / positions
@@ -60,14 +61,25 @@ def nearest_cosines(W_dec: Float[Tensor, "dict_size act_size"], at_most: int = 4
     return nearest_latents(W_dec, spaced.round().long(), 1)[1].flatten()
 
 
+def norms_by_layer_of(checkpoint: str) -> Float[np.ndarray, "dict_size layers"]:
+    """Compute the norms by layer of a saved crosscoder. Raises ValueError when it is damaged."""
+    return norms_by_layer(load_checkpoint(checkpoint)).numpy()
+
+
 def nearest_cosines_of(checkpoint: str) -> Float[np.ndarray, "latents"]:
     """Compute the nearest cosines of a saved dictionary. Raises ValueError when it is damaged."""
     return nearest_cosines(load_checkpoint(checkpoint).W_dec).numpy()
 
 
 @torch.no_grad()
+def norms_by_layer(sae: BaseAutoencoder) -> Float[Tensor, "dict_size layers"]:
+    """Compute the norm of each latent's decoder row at each layer of a crosscoder; over all layers it is 1."""
+    return sae.W_dec.unflatten(1, (len(sae.cfg.layers), -1)).norm(dim=2)
+
+
+@torch.no_grad()
 def encoder_alignment(sae: BaseAutoencoder) -> Float[Tensor, "dict_size"]:
-    """Compute the cosine of each latent's encoder direction with its decoder row."""
+    """Compute the cosine of each latent's encoder direction with its decoder row, which are as wide in an SAE."""
     return torch.cosine_similarity(sae.W_enc.t(), sae.W_dec)
 
 

@@ -30,7 +30,7 @@ from text import held_out_windows
 RESAMPLES = 1000
 MATCHED = 8192  # latents: matching takes memory with their square and time with their cube
 ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)  # of an interval
-OF_TEXT = ("model_name", "layer", "site", "dataset_path", "dataset_name", "seq_len", "dtype")
+OF_TEXT = ("model_name", "layer", "site", "target_site", "dataset_path", "dataset_name", "seq_len", "dtype")
 COLUMNS = {"l0": ("L0", 1), "explained_variance": ("expl. var.", 3), "ce_recovered": ("CE recovered", 3)}
 
 
@@ -52,7 +52,7 @@ def measure(paths: Sequence[str], windows: int | None = None) -> list[dict[str, 
         intervals           low and high end of 95%, of those that are averages or made from them
         log10_density       histogram of the latents by the share of tokens on which they fire; silent ones are left out
         nearest_cosine      histogram of the cosines of decoder rows with the row nearest to each
-        encoder_alignment   histogram of the cosines of encoder directions with decoder rows
+        encoder_alignment   histogram of the cosines of encoder directions with decoder rows; not of a transcoder
         compared_with       the first checkpoint of the same hook and text; of the others,
         differences         of each average from the first one's, with its interval
         matched_cosine      mean cosine of decoder rows with the first one's, matched one to one, up to MATCHED of them
@@ -70,7 +70,7 @@ def measure(paths: Sequence[str], windows: int | None = None) -> list[dict[str, 
         count = windows or max(saes[number].cfg.eval_windows for number in numbers)
         tokens = held_out_windows(cfg, model.tokenizer, count)
         bar = partial(tqdm, desc=cfg.hook_name, unit="batch", dynamic_ncols=True, disable=None)
-        tallies = tally(HeldOut(model, tokens, cfg), [saes[number] for number in numbers], bar)
+        tallies = tally(HeldOut(model, tokens), [saes[number] for number in numbers], bar)
         base, of_base, base_resampled = tallies[0], tallies[0].metrics(), resampled(tallies[0])
         for number, found in zip(numbers, tallies):
             on_resamples, metrics = resampled(found), found.metrics()
@@ -90,7 +90,9 @@ def measure(paths: Sequence[str], windows: int | None = None) -> list[dict[str, 
 
 def _of_latents(found: Tally) -> dict[str, Any]:
     density = found.fired[found.fired > 0] / found.rows_by_l0.sum()
-    cosines = {"nearest_cosine": nearest_cosines(found.sae.W_dec), "encoder_alignment": encoder_alignment(found.sae)}
+    cosines = {"nearest_cosine": nearest_cosines(found.sae.W_dec)}
+    if found.sae.y_is_x:
+        cosines["encoder_alignment"] = encoder_alignment(found.sae)
     histograms = {name: _histogram(values, -1, 1) for name, values in cosines.items()}
     return {"log10_density": _histogram(density.log10(), -8, 0)} | histograms
 

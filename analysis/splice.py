@@ -4,8 +4,11 @@ At one hook and position, x [act_size] becomes
 
     f   = scale * encode(x)                                        [dict_size], scale 1 unless given
     out = (f W_dec + b_dec) * std + mean                           mean and std of x if input_unit_norm, else 0 and 1
-          x + ((f - encode(x)) W_dec) * std                        with error_term: the same plus x - sae(x)
+          y + ((f - encode(x)) W_dec) * std                        with error_term: the same plus y - sae(x)
     out + sum_j add_j W_dec_j
+
+y is x, or for a transcoder what is at the hook it writes, where `out` then goes; a skip connection adds z W_skip to
+the first `out`.
 """
 
 import contextlib
@@ -38,6 +41,9 @@ def splice(
 ) -> Iterator[dict[str, Float[Tensor, "window pos dict_size"]]]:
     """Let each SAE stand in for the activations at its hook, `sae.cfg.hook_name`, in every forward pass within.
 
+    A transcoder reads that hook and stands in for the activations at another; a crosscoder cannot be spliced, as it
+    would have to read layers that come after those it writes.
+
         with splice(model, sae, error_term=True, scale={("blocks.2.hook_resid_pre", 17): 0.0}) as latents:
             logits = model(tokens)
         latents["blocks.2.hook_resid_pre"]  # [window, pos, dict_size]
@@ -60,15 +66,19 @@ def splice(
         require(isinstance(sae, BaseAutoencoder), f"saes: a {kind} is not an SAE; give splice(model, sae)")
         name = sae.cfg.hook_name
         require(name not in by_hook, f"saes: two of them read {name}; give one per hook")
-        require(name in model.hook_dict, f"saes: the model has no hook {name}; give an SAE that was trained on it")
+        for hook in (*sae.cfg.reads, *sae.cfg.writes):
+            require(hook in model.hook_dict, f"saes: the model has no hook {hook}; give an SAE that was trained on it")
+        require(len(sae.cfg.layers) == 1, f"saes: {kind} of layers {sae.cfg.layer}: a crosscoder cannot be spliced")
         by_hook[name] = sae
     factors, shifts = _beside(by_hook, "scale", scale, 1.0), _beside(by_hook, "add", add, 0.0)
     latents: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}  # by the hook where they go, until the forward pass is there
     spliced = torch.empty(0)
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal spliced
         latents.clear()
+        outputs.clear()
         tokens = args[0] if args else kwargs["input_ids"]
         cache = kwargs.get("past_key_values")
         before = int(cache is not None and cache.get_seq_length() > 0)  # after cached tokens no window begins
@@ -77,21 +87,35 @@ def splice(
         shapes = f"positions = {list(spliced.shape)}: the tokens are {list(tokens.shape)}; give the same shape"
         require(spliced.shape == tokens.shape, shapes)
 
-    def stand_in(acts: Tensor, name: str) -> Tensor:
+    def read(acts: Tensor, name: str) -> None:
         sae = by_hook[name]
         x = acts.flatten(0, 1).to(sae.W_dec.device)  # [row, act_size]
-        here = spliced[..., None].to(x.device)  # [window, pos, 1]
         encoded = sae.encode(x)
-        f = (encoded * factors[name]).unflatten(0, spliced.shape) * here
+        f = (encoded * factors[name]).unflatten(0, spliced.shape) * spliced[..., None].to(x.device)
         if torch.is_grad_enabled() and not f.requires_grad:
             f.requires_grad_()
         latents[name], f = f, f.flatten(0, 1)
-        _, std, mean = sae.normalise(x)
-        out = x + ((f - encoded) @ sae.W_dec) * std if error_term else sae.decode(f) * std + mean
-        out = out + shifts[name] @ sae.W_dec
-        return torch.where(here, out.view_as(acts), x.view_as(acts))
+        z, std, mean = sae.normalise(x)
+        if error_term:
+            out = ((f - encoded) @ sae.W_dec) * std
+        else:
+            out = sae.decode(f) * std + mean + (0 if sae.W_skip is None else z @ sae.W_skip)
+        outputs[sae.cfg.writes[0]] = out + shifts[name] @ sae.W_dec
 
-    stand_ins = {name: partial(stand_in, name=name) for name in by_hook}
+    def write(acts: Tensor, hook: str) -> Tensor:
+        out = outputs.pop(hook).view_as(acts)
+        here, y = spliced[..., None].to(out.device), acts.to(out.device)
+        return torch.where(here, y + out if error_term else out, y)
+
+    def stand_in(acts: Tensor, hook: str) -> Tensor:
+        if hook in outputs:  # of a transcoder, which another SAE here may read
+            acts = write(acts, hook)
+        if hook in by_hook:
+            read(acts, hook)
+        return write(acts, hook) if hook in outputs else acts
+
+    hooks = {*by_hook, *(sae.cfg.writes[0] for sae in saes)}
+    stand_ins = {hook: partial(stand_in, hook=hook) for hook in hooks}
     with model.original_model.register_forward_pre_hook(begin, with_kwargs=True), replacing(model, stand_ins):
         yield latents
 

@@ -38,12 +38,12 @@ class Activations:
             self._write(store, file)
         self._batches = np.load(file, mmap_mode="r")
         self.tokens = store.held_out_tokens()
-        self.held_out = HeldOut(self.model, self.tokens, self.cfg)
+        self.held_out = HeldOut(self.model, self.tokens)
         self.ordinary = ordinary_positions(self.tokens, self.model.tokenizer)
         self.x = record(self.model, self.tokens, [cfg.hook_name])[cfg.hook_name][self.ordinary].float()
         self.window = self.ordinary.nonzero()[:, 0]  # of each row
         self.power = self._by_window(self.x - self.x.mean(dim=0))
-        sums = self.held_out.sums
+        sums = self.held_out.of(self.cfg).sums
         self.ce_clean, self.ce_zero = (float(sums[ce].sum() / sums["_predictions"].sum()) for ce in CE_OF_TEXT[:2])
 
     def _write(self, store: ActivationsStore, file: Path) -> None:
@@ -87,5 +87,7 @@ class Activations:
         total = 0.0
         for batch in self.held_out.batches:
             some = rows[(self.window >= batch.windows.start) & (self.window < batch.windows.stop)]
-            total += float(ce(Predictions.of(batch.targets, self.held_out.predict(batch, some)[0])).double().sum())
+            total += float(
+                ce(Predictions.of(batch.targets, self.held_out.predict(batch, self.cfg.writes, some)[0])).double().sum()
+            )
         return total / int(self.ordinary[:, :-1].sum())

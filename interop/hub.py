@@ -58,11 +58,14 @@ def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: str | Pat
     Raises ValueError when the sweep's folder does not hold the SAE, or holds it more than once.
     """
     cfg = _public(sae.cfg)
+    name, hooks = "sparse autoencoder" if cfg.is_sae else cfg.kind, ", ".join(f"`{hook}`" for hook in cfg.reads)
+    if cfg.target_site:
+        hooks += f", which reconstruct the {cfg.d_out} at `{cfg.writes[0]}`,"
     parts = [
         "---\nlibrary_name: saelens\ntags:\n- sparse-autoencoder\n- nn-decompositions\n---",
         f"# {cfg.name}",
-        f"A {cfg.type.label} sparse autoencoder: {cfg.dict_size} latents of the {cfg.act_size} activations at"
-        f" `{cfg.hook_name}` of `{cfg.model_name}`.",
+        f"A {cfg.type.label} {name}: {cfg.dict_size} latents of the {cfg.d_in} activations at {hooks} of"
+        f" `{cfg.model_name}`.",
         "## Load it",
         f'```python\nfrom sae_lens import SAE  # SAELens\n\nsae = SAE.from_pretrained("{repo_id}", "{folder}")\n```',
         "```python\nfrom interop.pretrained import load_pretrained  # NN Decompositions\n\n"

@@ -2,7 +2,8 @@
 
     written by           files                               opened as
     this library         cfg.json, sae_weights.safetensors   what it was; SAELens opens it too
-    SAELens              cfg.json, sae_weights.safetensors   vanilla (standard), topk, jumprelu; batchtopk in training
+    SAELens              cfg.json, sae_weights.safetensors   vanilla (standard), topk, jumprelu; batchtopk in training;
+                                                             (skip) transcoders of the first and of jumprelu
     Gemma Scope          params.npz                          jumprelu
     dictionary_learning  config.json, ae.pt                  vanilla, topk, batchtopk (matryoshka too), jumprelu
     sparsify             cfg.json, sae.safetensors           topk
@@ -34,7 +35,7 @@ from transformer_lens.supported_models import MODEL_ALIASES
 from checkpoint import CFG, COUNTERS, WEIGHTS, load_checkpoint, read_json
 from config import SITES, TYPES, Config, unused_by
 from runtime.checks import explained, require
-from sae import BaseAutoencoder, build_sae
+from sae import SAE_TYPES, BaseAutoencoder, build_sae
 
 NPZ, AE, AE_CONFIG, SPARSIFY, SCALER = "params.npz", "ae.pt", "config.json", "sae.safetensors", "activation_scaler.json"
 FILES = (CFG, WEIGHTS, COUNTERS, NPZ, AE, AE_CONFIG, SPARSIFY, SCALER)
@@ -51,6 +52,7 @@ SPARSIFY_SITES = {  # module within a block -> site
 }  # fmt: skip
 ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.+-]+(/[\w.+-]+)*))?")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+UNKNOWN = {"input_scale": torch.tensor(-1.0), "target_scale": torch.tensor(-1.0)}  # training measures them
 CHUNK = 4096  # latents at a time in float64
 
 
@@ -74,7 +76,7 @@ def load_pretrained(
     held = {path.name for path in folder.glob("*")}
     if {CFG, WEIGHTS} <= held and "nn_decompositions" in read_json(folder / CFG):
         sae = load_checkpoint(folder, device)
-        place = _layer_and_site(hook_name or sae.cfg.hook_name)
+        place = _layer_and_site(hook_name) if hook_name else {}
         sae.cfg = replace(sae.cfg, model_name=model_name or sae.cfg.model_name, **place)
         return sae
 
@@ -96,14 +98,44 @@ def load_pretrained(
     )
     fields = {field: value for field, value in fields.items() if field not in unused}
     fields["act_size"], fields["dict_size"] = tensors["W_enc"].shape
+    if "target_site" in fields:
+        fields["target_size"] = tensors["W_dec"].shape[1]
     with explained(f"{source}: cannot be opened here", ValueError):
         cfg = Config(**{"l1_coeff": 0.0} | fields, device=str(device))
     sae = build_sae(cfg)
-    # Training measures the scale, and keeps b_dec and the thresholds.
-    trained = {"input_scale": torch.tensor(-1.0), "threshold_updates": torch.tensor(100)}
+    # Training keeps b_dec and the thresholds.
+    trained = UNKNOWN | {"threshold_updates": torch.tensor(100)}
     state = sae.state_dict()
     sae.load_state_dict(state | {name: value for name, value in trained.items() if name in state} | tensors)
     return sae.eval()
+
+
+def new_sae(cfg: Config) -> BaseAutoencoder:
+    """Build the dictionary of a Config that is to be trained, from the weights of cfg.init_from where it is given.
+
+    The scale of the activations is measured anew, no latent is dead, and what only the other's type has is left out.
+    Raises ValueError when there is no such dictionary, or its parameters do not fit.
+    """
+    sae = SAE_TYPES[cfg.sae_type](cfg)
+    if cfg.init_from is None:
+        return sae
+    other, said = load_pretrained(cfg.init_from), f"init_from = {cfg.init_from!r}:"
+    theirs = f"{said} a {other.cfg.sae_type} {other.cfg.kind}"
+    alike = (other.cfg.kind, other.cfg.input_unit_norm) == (cfg.kind, cfg.input_unit_norm)
+    require(alike, f"{theirs}, input_unit_norm {other.cfg.input_unit_norm}; give the same, or another")
+    given, state = other.state_dict(), sae.state_dict()
+    for name, parameter in sae.named_parameters():
+        require(name in given, f"{theirs}, has no {name}; give one of another type")
+        have, need = list(given[name].shape), list(parameter.shape)
+        fits = f"{said} {name} is {have}, should be {need}; give dict_size = {other.cfg.dict_size}, or another"
+        require(have == need or (name, have) == ("threshold", []), fits)
+        given[name] = given[name].expand_as(parameter)
+    fresh = {"tokens_since_fired", "steering"}
+    taken = {
+        name: given[name] for name in state.keys() & given.keys() - fresh if given[name].shape == state[name].shape
+    }
+    sae.load_state_dict(state | taken | {name: scale for name, scale in UNKNOWN.items() if name in state})
+    return sae
 
 
 # ---- formats: each gives fields of Config, with hook_name in place of layer and site, and tensors by our names ----
@@ -116,6 +148,9 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     metadata = cfg | cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
     activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
     architecture, k = cfg.get("architecture", "standard"), cfg.get("k")
+    is_transcoder, skip = "transcoder" in str(architecture), "skip_transcoder" in str(architecture)
+    if is_transcoder:
+        architecture = architecture.replace("skip_", "").removesuffix("transcoder").strip("_") or "standard"
     if activation == "topk":
         kwargs = cfg.get("activation_fn_kwargs")
         architecture, k = "topk", kwargs.get("k") if isinstance(kwargs, dict) else None
@@ -137,7 +172,8 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     unscaled = (found.pop("scaling_factor", torch.ones(())) == 1).all()
     require(unscaled, f"{weights}: scaling_factor is not 1; latents scaled by finetuning are not opened")
     sae_type, sizes = SAE_LENS_TYPES[architecture], (cfg.get("d_in"), cfg.get("d_sae"))
-    tensors = _checked(weights, found, sae_type, sizes, {"topk_threshold": "threshold"})
+    d_out = cfg.get("d_out") if is_transcoder else None
+    tensors = _checked(weights, found, sae_type, sizes, {"topk_threshold": "threshold"}, d_out, skip)
     scale = 1.0
     if norm == SCALED:  # by the factor of its training (Conerly et al. 2024), which is saved beside its checkpoints
         scale = read_json(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
@@ -154,6 +190,13 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "dataset_path": metadata.get("dataset_path") or Config.dataset_path,
         "target_l0": k,
     }
+    if is_transcoder:
+        _check(file, "apply_b_dec_to_input", subtracted, (False,))
+        _check(file, "normalize_activations", norm, ("none",))
+        target = metadata.get("hook_name_out")
+        unsaid = f"{file}: does not say hook_name_out, the hook that it reconstructs; add it to its metadata"
+        require(isinstance(target, str), unsaid)
+        return fields | {"target_site": _layer_and_site(target)["site"], "skip": skip}, tensors
     return fields, _folded(tensors, scale, in_norms, subtracted)
 
 
@@ -239,9 +282,8 @@ def _folded(
 def _layer_and_site(hook_name: str) -> dict[str, Any]:
     sites = {hook: site for site, hook in SITES.items()}
     match = re.fullmatch(r"blocks\.([0-9]{1,4})\.(.+)", hook_name)
-    known = match is not None and match[2] in sites
-    require(known, f"hook_name = {hook_name!r}: no site of Config; give blocks.<layer>.{', '.join(sites)}")
-    return {"layer": int(match[1]), "site": sites[match[2]]}
+    require(match, f"hook_name = {hook_name!r}: no hook of a block; give one such as blocks.8.hook_resid_pre")
+    return {"layer": int(match[1]), "site": sites.get(match[2], match[2])}
 
 
 # ---- files, which anybody may have written ----
@@ -284,15 +326,24 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _checked(
-    file: Path, found: dict[str, Tensor], sae_type: str, sizes: Sequence[object], names: Mapping[str, str] = {}
+    file: Path,
+    found: dict[str, Tensor],
+    sae_type: str,
+    sizes: Sequence[object],
+    names: Mapping[str, str] = {},
+    d_out: object = None,
+    skip: bool = False,
 ) -> dict[str, Tensor]:
     """Return the tensors in float32, once they are those of the type, as large as is said, and finite.
 
-    sizes: act_size and dict_size, as the files say. names: ours, by the file's. torch's layers have rows in "...weight"
-    where we have columns. Thresholds below 0, which all formats have behind a ReLU, become 0.
+    sizes: act_size and dict_size, as the files say. d_out, skip: of a transcoder. names: ours, by the file's. torch's
+    layers have rows in "...weight" where we have columns. Thresholds below 0, which all formats have behind a ReLU,
+    become 0.
     """
     D, F = sizes
-    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    out = D if d_out is None else d_out
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, out), "b_dec": (out,)}
+    shapes |= {"W_skip": (out, D)} if skip else {}
     shapes |= {"jumprelu": {"threshold": (F,)}, "batchtopk": {"threshold": ()}}.get(sae_type, {})
     turned = {name: t.t() if name.endswith(".weight") and t.ndim == 2 else t for name, t in found.items()}
     tensors = {names.get(name, name): tensor for name, tensor in turned.items()}
@@ -307,4 +358,6 @@ def _checked(
         require(finite, f"{file}: {name} is empty or has numbers that are not finite; get the file again")
     if "threshold" in tensors:
         tensors["threshold"].clamp_min_(0)
+    if skip:
+        tensors["W_skip"] = tensors["W_skip"].t()
     return tensors

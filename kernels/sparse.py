@@ -154,7 +154,7 @@ class GradientMemory:
     Fresh memory of a weight's size costs a CPU more, in page faults, than the gradient itself.
     """
 
-    def __init__(self, **matrices: Float[Tensor, "dict_size act_size"]) -> None:
+    def __init__(self, **matrices: Float[Tensor, "dict_size _width"]) -> None:
         self._all = matrices
         self.free()
 
@@ -173,7 +173,7 @@ class GradientMemory:
 class _PreActivations(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, centred: Tensor,
+        ctx: FunctionCtx, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, centred: Tensor,
         selection: Selection, memory: GradientMemory,
     ) -> Float[Tensor, "nnz"]:  # fmt: skip
         ctx.save_for_backward(centred, W_enc)
@@ -189,7 +189,8 @@ class _PreActivations(torch.autograd.Function):
         d_W_enc = _bags_by_latent(grad, support, centred, ctx.memory.take("W_enc")).t()
         d_b_enc = torch.zeros_like(W_enc[0]).index_add_(0, support.indices, grad)
         d_x = _bags(grad, support.indices, support.offsets, W_enc.t()) if ctx.needs_input_grad[0] else None
-        return d_x, d_W_enc, d_b_enc, -(W_enc @ d_b_enc), None, None, None
+        d_b_dec = -(W_enc @ d_b_enc) if ctx.needs_input_grad[3] else None
+        return d_x, d_W_enc, d_b_enc, d_b_dec, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -212,12 +213,12 @@ def pre_activations(
     x: Float[Tensor, "batch act_size"],
     W_enc: Float[Tensor, "act_size dict_size"],
     b_enc: Float[Tensor, "dict_size"],
-    b_dec: Float[Tensor, "act_size"],
+    b_dec: Float[Tensor, "act_size"] | None,
     centred: Float[Tensor, "batch act_size"],
     selection: Selection,
     memory: GradientMemory | None = None,
 ) -> Float[Tensor, "nnz"]:
-    """Let gradients flow from a selection, made of `centred` = x - b_dec, to the first four arguments."""
+    """Let gradients flow from a selection, made of `centred` = x - b_dec or x, to the first four arguments."""
     return _PreActivations.apply(x, W_enc, b_enc, b_dec, centred, selection, memory or GradientMemory())
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import itertools
 import json
 import math
 import re
@@ -53,6 +54,10 @@ def near(word: object, known: Iterable[str]) -> str:
 # ---- the checks of a field, which its annotation names ----
 
 
+def _rise(values: tuple) -> bool:
+    return all(a < b for a, b in itertools.pairwise(values))
+
+
 class Check(NamedTuple):
     """What a value must satisfy, and what to give where it does not."""
 
@@ -72,9 +77,12 @@ NonNegative = Annotated[float, Check(lambda x: x >= 0, "give 0 or more")]
 PositiveReal = Annotated[float, Check(lambda x: x > 0, "give a number above 0")]
 Decay = Annotated[float, Check(lambda x: 0 <= x < 1, "give a number in [0, 1)")]
 Share = Annotated[float, Check(lambda x: 0 <= x <= 1, "give a share between 0 and 1")]
+Layers = Annotated[
+    tuple[int, ...], Check(lambda n: n and n[0] >= 0 and _rise(n), "give 0 or more, several in rising order")
+]
 Shares = Annotated[
     tuple[float, ...],
-    Check(lambda s: s and s[-1] == 1 and all(a < b for a, b in zip((0, *s), s)), "give shares that rise from 0 to 1"),
+    Check(lambda s: s and s[-1] == 1 and _rise((0, *s)), "give shares that rise from 0 to 1"),
 ]
 
 

@@ -16,7 +16,7 @@ import shtab
 import yaml
 from docstring_parser import parse_from_object
 
-from config import GROUPS, HINTS, SWEEPS, Config, unused_by
+from config import GROUPS, HINTS, SITES, SWEEPS, Config, unused_by
 from runtime.checks import choices, explained, kind_of, near, require
 
 DEFAULT_SWEEP = "tiny"
@@ -55,7 +55,7 @@ def parse(words: list[str]) -> Options:
         re.sub("^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in words
     ]  # W&B: --target_l0=16
     known, unknown = _parser(DEFAULT_SWEEP).parse_known_args(dashed)
-    wrong = "".join(unknown[:1])
+    wrong = " ".join("".join(unknown[:1]).split())  # the error is one line, whatever the word
     meant = near(wrong.split("=")[0], OPTIONS)
     require(not unknown, f"{wrong}: no such option; {meant}python main.py --help lists them")
     asked = vars(known)
@@ -98,6 +98,7 @@ def completion() -> str:
     """Write a script for bash that completes options, their values where they are few, and the names of sweeps."""
     parser = _parser(DEFAULT_SWEEP)
     values = {"sweep": (*SWEEPS, *TEXTS)} | {name: choices(hint) for name, hint in HINTS.items()}
+    values |= dict.fromkeys(("site", "target_site"), tuple(SITES))  # and any other hook
     for action in parser._actions:
         action.choices = values.get(action.dest) or None
     return shtab.complete(parser, "bash").rstrip()
@@ -125,7 +126,7 @@ def read_overrides(file: Path) -> dict[str, tuple]:
         require(name not in given, f"{said}: {name} is given twice; give one list of its values")
         require(value != [], f"{said}: {name} = []: no value; give one or several")
         several = value if isinstance(value, list) else [value]
-        takes_list = get_origin(kind_of(HINTS[name])[0]) is tuple
+        takes_list = isinstance(getattr(Config(), name), tuple)  # layer, mostly one number, is swept over a list
         given[name] = (value,) if takes_list and not isinstance(several[0], list) else tuple(several)
     return given
 

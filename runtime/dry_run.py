@@ -57,10 +57,11 @@ def _fields(cfg: Config, names: set[str]) -> list[str]:
 
 def _size(cfgs: list[Config], is_known: bool) -> Iterator[str]:
     """Count the parameters of the SAEs that share a stream and of its model, and the bytes that training them takes."""
-    cfg, width, device = cfgs[0], cfgs[0].act_size, cfgs[0].torch_device
-    if width is None:
-        unknown = f"unknown: {cfg.model_name} is not on this disk; give --act-size (it changes the names)"
-        yield from _wrapped("parameters", unknown)
+    cfg, device = cfgs[0], cfgs[0].torch_device
+    hooks = {hook: width for c in cfgs for hook, width in c.widths.items()}
+    if not all(hooks.values()):
+        why = "the width of a hook without a name of ours" if is_known else f"{cfg.model_name} is not on this disk"
+        yield from _wrapped("parameters", f"unknown: {why}; give --act-size, --target-size (they change the names)")
         return
     logits, number = 0, getattr(torch, cfg.dtype).itemsize
     with torch.device("meta"):
@@ -75,10 +76,11 @@ def _size(cfgs: list[Config], is_known: bool) -> Iterator[str]:
     yield from _wrapped("parameters", f"{sum(each):,} in the SAEs, {of_each} in each")
     rows = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
     dense = max((c.dict_size for c in cfgs if "l1_coeff" in c.type.fields), default=0)
-    step = cfg.batch_size * (STEP_ROWS * width + DENSE_ROWS * dense)
+    step = cfg.batch_size * (STEP_ROWS * max(c.d_in + c.d_out for c in cfgs) // 2 + DENSE_ROWS * dense)
+    buffer = rows * number * sum(hooks.values())
     parts = {
         "weights, gradients and Adam's two means": 16 * sum(each),
-        "activation buffer (on a CPU, and a copy to save it)": (1 + (device.type == "cpu")) * rows * width * number,
+        "activation buffer (on a CPU, and a copy to save it)": (1 + (device.type == "cpu")) * buffer,
         "peak of a step or an evaluation": 4 * max(step, EVAL_LOGITS * logits),
     }
     beside = "the libraries" if is_known else "the libraries and the language model"

@@ -100,7 +100,7 @@ def evaluated() -> None:
     tokens = torch.randint(1, 300, (5, 24), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 0
     tokens[3] = 0
-    found = evaluate(HeldOut(load_model(cfg), tokens, cfg), saes)
+    found = evaluate(HeldOut(load_model(cfg), tokens), saes)
     Path(f"metrics-{ranks.rank()}.json").write_text(json.dumps(found))
 
 
@@ -159,7 +159,7 @@ def fills_slowly() -> None:
 def slows_down_after_step_20() -> None:
     """Leave time within step 21."""
     step = Trainer.step
-    Trainer.step = lambda trainer, x, number: time.sleep(5 * (number == 20)) or step(trainer, x, number)
+    Trainer.step = lambda trainer, x, number, y: time.sleep(5 * (number == 20)) or step(trainer, x, number, y)
 
 
 def sees_another_disk() -> None:

@@ -61,15 +61,12 @@ def lm(word_tokenizer: Callable) -> SimpleNamespace:
     return SimpleNamespace(tokenizer=word_tokenizer(bos_token="<bos>", eos_token="<eos>"))
 
 
-class TwoHooks(Config):
-    """What reads two layers."""
-
-    reads = FIRST, SECOND = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+FIRST, SECOND = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 
 
 def as_recorded(rows: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
     """The rows at the first hook; at the second, in the same places, others that tell them."""
-    return {hook: rows + 0.5 * (hook == TwoHooks.SECOND) for hook in hooks}
+    return {hook: rows + 0.5 * (hook == SECOND) for hook in hooks}
 
 
 @pytest.fixture
@@ -99,18 +96,18 @@ def windows_of(batches: list[Tensor]) -> int:
 
 def config(dataset: Path, **changes: object) -> Config:
     small = dict(
-        layer=0, seq_len=SEQ_LEN, model_batch_size=4, num_batches_in_buffer=8, act_size=WIDTH, batch_size=60,
-        eval_windows=4, device="cpu", dataset_path=str(dataset),
+        layer=(0, 1), site="resid_post", seq_len=SEQ_LEN, model_batch_size=4, num_batches_in_buffer=8, act_size=WIDTH,
+        batch_size=60, eval_windows=4, device="cpu", dataset_path=str(dataset),
     )  # fmt: skip
-    return TwoHooks(**(small | changes))
+    return Config(**(small | changes))
 
 
 def next_rows(store: ActivationsStore) -> Tensor:
     """A batch at the first hook, once at the second it is of the same tokens."""
     batch = store.next_batch()
-    assert batch.keys() == set(TwoHooks.reads)
-    assert torch.equal(batch[TwoHooks.FIRST] + 0.5, batch[TwoHooks.SECOND])
-    return batch[TwoHooks.FIRST]
+    assert batch.keys() == {FIRST, SECOND}
+    assert torch.equal(batch[FIRST] + 0.5, batch[SECOND])
+    return batch[FIRST]
 
 
 def serve(store: ActivationsStore, batches: int) -> Tensor:
@@ -346,7 +343,7 @@ def test_rows_of_two_layers_are_the_model_s_and_of_the_same_token(
         return record(model, tokens, hooks)
 
     monkeypatch.setattr(activation_store, "record", remember)
-    cfg = check_model(config(tiny_text, model_name=str(tiny_gpt2), layer=1, act_size=None, dtype=dtype))
+    cfg = check_model(config(tiny_text, model_name=str(tiny_gpt2), act_size=None, dtype=dtype))
     model = load_model(cfg)
     store = ActivationsStore(model, [cfg])
     batches = [store.next_batch() for _ in range(12)]

@@ -126,7 +126,7 @@ VALUES: list[tuple[bytes, str]] = [
     (b"seed: [[0, 1]]", "seed = [0, 1]: give int"),
     (b"seed:", "seed = None: give int"),
     (b"seed: 2024-01-01", "seed = datetime.date(2024, 1, 1): give int"),
-    (b"site: no", "site = False: give one of resid_pre,"),
+    (b"site: no", "site = False: give str"),
     (b"dataset_name: 3", "dataset_name = 3: give str or None"),
     (b"prefixes: {a: 1}", "give a list of float"),
     (b"prefixes: [1, 0.5]", "prefixes = (1, 0.5): give shares that rise from 0 to 1"),
@@ -279,7 +279,7 @@ def test_a_site_that_the_model_lacks_is_found_before_the_first_stream(
     for file in Path("tiny-gpt2").glob("token*"):
         Path("parallel", file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(sweep, "train", lambda *args: pytest.fail("a stream was trained"))
-    said = "site = 'resid_mid': ", "give one of resid_pre, resid_post, attn_out, mlp_"
+    said = "site = 'resid_mid': ", "give one of resid_pre, resid_post, attn_in, attn_out, mlp_"
     refused(["--model-name=parallel", "--layer", "0", "1", "--site", "resid_pre", "mlp_out", "resid_mid"], said)
 
 
@@ -328,7 +328,7 @@ GOOD = torch.arange(1, 31).view(2, 15)
 ], ids=["float", "no window", "one token", "too long", "too high", "too low", "special"])  # fmt: skip
 def test_tokens(model: TransformerBridge, tokens: Tensor, said: str) -> None:
     with pytest.raises(ValueError) as error:
-        HeldOut(model, tokens, small_sae().cfg)
+        HeldOut(model, tokens)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -337,5 +337,5 @@ def test_windows_of_special_tokens_alone_change_no_metric(
 ) -> None:
     monkeypatch.setattr(evaluation, "MAX_LOGITS", 2 * 15 * 320)  # two windows a batch
     sae, padded = small_sae(), torch.cat([GOOD, GOOD * 0, GOOD])
-    found, expected = (evaluate(HeldOut(model, tokens, sae.cfg), [sae]) for tokens in (padded, GOOD.repeat(2, 1)))
+    found, expected = (evaluate(HeldOut(model, tokens), [sae]) for tokens in (padded, GOOD.repeat(2, 1)))
     assert found[0] == pytest.approx(expected[0])

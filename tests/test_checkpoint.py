@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from checkpoint import CFG, COUNTERS, WEIGHTS, load_checkpoint, save_checkpoint
-from config import Config
+from config import TYPES, Config
 from runtime import disk
 from sae import SAE_TYPES, BaseAutoencoder, TopKSAE, build_sae
 from training import Trainer
@@ -376,3 +376,28 @@ def test_neither_wandb_nor_the_data_sets_are_imported() -> None:
     root = Path(disk.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.stderr) == ("\n", "")
+
+
+# ---- transcoders and crosscoders ----
+
+
+@pytest.mark.parametrize("changes", [
+    dict(target_site="mlp_out", target_size=4), dict(target_site="mlp_out", target_size=4, skip=True),
+    dict(layer=(0, 1, 2), act_size=2),
+], ids=["transcoder", "skip", "crosscoder"])  # fmt: skip
+@all_types
+def test_other_kinds_come_back_as_they_were(tmp_path: Path, sae_type: str, changes: dict) -> None:
+    sae = build_sae(config(sae_type, **changes))
+    y = None if sae.y_is_x else rows(9)[:, :4]
+    sae.initialise_from(rows(), y)
+    trainer = Trainer(sae)
+    for step in range(3):
+        trainer.step(rows(step), step, y)
+    save_checkpoint(sae, tmp_path / "sae")
+    loaded = load_checkpoint(tmp_path / "sae")
+    assert_same(loaded, sae.eval())
+    assert torch.equal(loaded(rows()).sae_out, sae(rows()).sae_out)
+    said = json.loads((tmp_path / "sae" / CFG).read_text())
+    kind = {"standard": "", "topk": "topk_", "jumprelu": "jumprelu_"}[TYPES[sae_type].sae_lens]
+    skip = "skip_" * bool(changes.get("skip"))
+    assert said["architecture"] == ("crosscoder" if "layer" in changes else f"{kind}{skip}transcoder")

@@ -114,7 +114,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[s
 
 @pytest.mark.parametrize("line, offered", [
     ("nn-decompositions ", [*SWEEPS, "list", "completion"]),
-    ("nn-decompositions t", ["tiny"]),
+    ("nn-decompositions t", ["tiny", "transcoders"]),
     ("nn-decompositions gpt2 --re", ["--resume", "--resume-freq"]),
     ("nn-decompositions --sae-type ", [*TYPES]),
     ("nn-decompositions --lr 1 2 --sae-type topk b", ["batchtopk"]),
@@ -229,7 +229,8 @@ def test_a_dry_run_tells_configs_and_sizes(dry: Callable[..., str]) -> None:
     for cfg, line in zip(cfgs, lines, strict=True):
         assert line == f"{cfg.name} text_seed {cfg.text_seed}, sae_type {cfg.sae_type}, lr {cfg.lr}"
     common = " ".join(common.split())
-    assert common.startswith("in each of them model_name tiny-gpt2, layer 1, ") and ", dict_size 64, " in common
+    assert common.startswith("in each of them model_name tiny-gpt2, ") and ", layer 1, site " in common
+    assert ", dict_size 64, " in common
 
     assert len(groups) == 2  # a stream for each text_seed
     model = GPT2LMHeadModel.from_pretrained("tiny-gpt2").num_parameters()

@@ -12,11 +12,12 @@ from runtime.checks import checked, choices
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 CHANGED = dict(
-    model_name="gpt2", layer=1, site="mlp_out", dataset_path="corpus.txt", dataset_name="sample-10BT", seq_len=64,
-    model_batch_size=16, num_batches_in_buffer=8, act_size=256, dtype="bfloat16", text_seed=1, num_tokens=500_000,
-    batch_size=1024, sae_type="vanilla", dict_size=1024, target_l0=16, l1_coeff=0.1, bandwidth=0.01,
+    model_name="gpt2", dataset_path="corpus.txt", dataset_name="sample-10BT", seq_len=64,
+    model_batch_size=16, num_batches_in_buffer=8, dtype="bfloat16", text_seed=1, num_tokens=500_000,
+    batch_size=1024, layer=1, site="mlp_in", target_site="mlp_out", skip=True, act_size=256, target_size=128,
+    sae_type="vanilla", dict_size=1024, target_l0=16, l1_coeff=0.1, bandwidth=0.01,
     prefixes=(0.5, 1.0), top_k_aux=128, aux_penalty=0.1, dead_after_tokens=1000, product_dtype="bfloat16", seed=1,
-    input_unit_norm=True, lr=1e-3,
+    init_from="user/repo", input_unit_norm=True, lr=1e-3,
     beta1=0.8, beta2=0.99, max_grad_norm=2.0, lr_warmup=0.1, lr_decay=0.1, sparsity_warmup=0.2, device="cuda:1",
     wandb_project="other", wandb_mode="disabled", log_freq=10, perf_log_freq=10, eval_windows=8, checkpoint_freq=10,
     resume_freq=10, share="saes", output_dir="elsewhere",
@@ -33,9 +34,15 @@ UNUSED = {
     "matryoshka": {"l1_coeff", "sparsity_warmup", "bandwidth"},
 }
 STREAM = {
-    "model_name", "layer", "site", "dataset_path", "dataset_name", "seq_len", "model_batch_size",
-    "num_batches_in_buffer", "act_size", "dtype", "text_seed", "num_tokens", "batch_size", "device",
+    "model_name", "dataset_path", "dataset_name", "seq_len", "model_batch_size", "num_batches_in_buffer", "dtype",
+    "text_seed", "num_tokens", "batch_size", "device",
 }  # fmt: skip
+
+
+def change(cfg: Config, field: str, value: object) -> Config:
+    """Change one field, of a transcoder where others have no such field."""
+    of_transcoders = {"target_site": "mlp_out"} if field in ("skip", "target_size") else {}
+    return dataclasses.replace(dataclasses.replace(cfg, **of_transcoders), **{field: value})
 
 
 def test_every_field_stands_in_one_group_and_is_tested_here() -> None:
@@ -45,7 +52,10 @@ def test_every_field_stands_in_one_group_and_is_tested_here() -> None:
     assert {*FIELDS} - {*RESULT_FIELDS} == OUTPUT
 
 
-@pytest.mark.parametrize("cfg", [Config(), Config(**CHANGED), Config(lr=0.1 + 0.2, l1_coeff=1e-300, seed=2**53 + 1)])
+@pytest.mark.parametrize("cfg", [
+    Config(), Config(**CHANGED | {"input_unit_norm": False}), Config(layer=(0, 1), target_l0=1),
+    Config(lr=0.1 + 0.2, l1_coeff=1e-300, seed=2**53 + 1),
+])  # fmt: skip
 def test_round_trip_is_exact(cfg: Config) -> None:
     assert Config(**cfg.to_dict()) == cfg
     again = Config(**json.loads(json.dumps(cfg.to_dict())))
@@ -64,13 +74,13 @@ def test_it_is_frozen_and_takes_keywords_only() -> None:
 def test_name_differs_exactly_where_the_result_can(sae_type: str) -> None:
     cfg = Config(sae_type=sae_type)
     changed = CHANGED | {"sae_type": "topk" if sae_type == "vanilla" else "vanilla"}
-    same = {field for field in FIELDS if dataclasses.replace(cfg, **{field: changed[field]}).name == cfg.name}
+    same = {f for f in FIELDS if change(cfg, f, changed[f]).name == change(cfg, f, getattr(cfg, f)).name}
     assert same == OUTPUT | UNUSED[sae_type] and unused_by(sae_type) == UNUSED[sae_type]
 
 
 def test_stream_differs_exactly_where_the_activations_do() -> None:
     cfg = Config()
-    assert {f for f in FIELDS if dataclasses.replace(cfg, **{f: CHANGED[f]}).stream != cfg.stream} == STREAM
+    assert {f for f in FIELDS if change(cfg, f, CHANGED[f]).stream != cfg.stream} == STREAM
 
 
 @pytest.mark.parametrize(
@@ -98,9 +108,25 @@ def test_names_of_what_looks_alike_differ() -> None:
 def test_the_hook_of_each_site() -> None:
     hooks = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z"]
     sites = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
-    cfgs = [Config(layer=8, site=site) for site in SITES]
-    assert list(SITES) == sites and [cfg.hook_name for cfg in cfgs] == [f"blocks.8.{hook}" for hook in hooks]
-    assert all(cfg.reads == cfg.writes == (cfg.hook_name,) for cfg in cfgs)
+    hooks, sites = [*hooks, "ln1.hook_out", "ln2.hook_out"], [*sites, "attn_in", "mlp_in"]
+    cfgs = [Config(layer=8, site=site) for site in sites]
+    assert {*SITES} == {*sites} and [cfg.hook_name for cfg in cfgs] == [f"blocks.8.{hook}" for hook in hooks]
+    assert all(cfg.reads == cfg.writes == (cfg.hook_name,) and cfg.is_sae and cfg.kind == "SAE" for cfg in cfgs)
+    assert Config(layer=8, site="mlp.hook_post").hook_name == "blocks.8.mlp.hook_post"
+
+
+def test_what_is_read_and_written_names_the_kind() -> None:
+    transcoder = Config(layer=1, site="mlp_in", target_site="mlp_out", act_size=4, target_size=6)
+    assert transcoder.reads == ("blocks.1.ln2.hook_out",) and transcoder.writes == ("blocks.1.hook_mlp_out",)
+    assert (transcoder.d_in, transcoder.d_out, transcoder.kind) == (4, 6, "transcoder")
+    assert transcoder.widths == {"blocks.1.ln2.hook_out": 4, "blocks.1.hook_mlp_out": 6}
+    assert dataclasses.replace(transcoder, skip=True).kind == "skip transcoder"
+    crosscoder = Config(layer=[0, 3], site="resid_post", act_size=4)
+    assert crosscoder.reads == crosscoder.writes == ("blocks.0.hook_resid_post", "blocks.3.hook_resid_post")
+    assert (crosscoder.d_in, crosscoder.d_out, crosscoder.kind, crosscoder.layer) == (8, 8, "crosscoder", (0, 3))
+    assert "-L0-3-resid_post-" in crosscoder.name and "-L1-mlp_in-to-mlp_out-" in transcoder.name
+    same = Config(layer=(2,), target_site="resid_pre")
+    assert same == Config(layer=2) and same.is_sae and same.name == Config().name
 
 
 def test_steps_are_whole_batches() -> None:
@@ -134,8 +160,8 @@ def test_a_field_of_several_numbers_takes_a_list_and_one_alone() -> None:
 
 def test_fields_of_few_values() -> None:
     few = {field: values for field, hint in HINTS.items() if (values := choices(hint))}
-    assert few.pop("input_unit_norm") == ("True", "False") and few["sae_type"] == tuple(TYPES)
-    assert list(few) == ["site", "dtype", "sae_type", "product_dtype", "wandb_mode", "share"]
+    assert few.pop("input_unit_norm") == few.pop("skip") == ("True", "False") and few["sae_type"] == tuple(TYPES)
+    assert list(few) == ["dtype", "sae_type", "product_dtype", "wandb_mode", "share"]
     assert all(checked(field, value, HINTS[field]) == value for field, values in few.items() for value in values)
 
 
@@ -150,12 +176,14 @@ REFUSED = [
     *((field, -1, "0 or more") for field in ("layer", "l1_coeff", "aux_penalty", "seed")),
     *((field, " ", "give a name") for field in ("model_name", "dataset_path", "wandb_project", "output_dir")),
     ("model_name", "a\0b", "give a name"),
-    *((field, None, "give int") for field in ("layer", "seq_len", "seed", "target_l0")),
+    *((field, None, "give int") for field in ("seq_len", "seed", "target_l0")),
     *((field, "3", "give int or None") for field in ("act_size", "checkpoint_freq")),
     *((field, value, "between 0 and 1") for field in ("lr_warmup", "sparsity_warmup") for value in (-0.1, 1.1)),
     *((field, value, "[0, 1)") for field in ("beta1", "beta2") for value in (-0.1, 1.0)),
     *((field, value, "finite") for field in ("lr", "l1_coeff") for value in (float("nan"), float("inf"))),
-    *((field, True, "give int") for field in ("layer", "target_l0")),
+    ("target_l0", True, "give int"),
+    *(("layer", value, "give a list of int") for value in (None, True, "2", (0, 1.5))),
+    *(("layer", value, "0 or more, several in rising order") for value in ((), (1, 1), (2, 0), (-1, 0))),
     ("lr", "0.1", "give float"),
     ("dict_size", 2048.0, "give int"),
     ("input_unit_norm", 1, "give bool"),
@@ -171,7 +199,9 @@ REFUSED = [
     ("num_tokens", 2047, "give at least a batch of 2048"),
     ("sae_type", "batch_topk", "did you mean batchtopk? give one of vanilla, topk, batchtopk, jumprelu"),
     ("sae_type", None, "give one of vanilla"),
+    *((field, " ", "give a name") for field in ("site", "target_site", "init_from")),
     ("site", "resid_per", "did you mean resid_pre? give one of resid_pre, resid_mid"),
+    ("target_site", "mlp_on", "did you mean mlp_in? give one of resid_pre, resid_mid"),
     ("dtype", "fp32", "give one of float32, bfloat16, float16"),
     ("wandb_mode", "on", "give one of offline, online, disabled"),
     *(
@@ -187,6 +217,19 @@ def test_bad_values_are_refused_in_one_line(field: str, value: object, remedy: s
         Config(**{field: value})
     message = str(error.value)
     assert message.startswith(f"{field} = {value!r}: ") and remedy in message and "\n" not in message
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(skip=True), "skip = True: it needs a target_site other than site"),
+    (dict(target_size=8, target_site="resid_pre"), "target_size = 8: it needs a target_site other than site"),
+    (dict(layer=(0, 1), target_site="mlp_out"), "layer = (0, 1): a transcoder is of one layer; give target_site"),
+    (dict(layer=(0, 1), input_unit_norm=True), "input_unit_norm = True: it is for an SAE of one layer"),
+    (dict(target_site="mlp_out", input_unit_norm=True), "input_unit_norm = True: it is for an SAE of one layer"),
+])  # fmt: skip
+def test_what_a_kind_has_not_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Config(**fields)
+    assert str(error.value).startswith(message)
 
 
 # ---- the named sweeps ----
@@ -217,6 +260,19 @@ def test_gpt2_sweep_is_the_batchtopk_paper_s_on_one_stream() -> None:
         found = [(cfg.dict_size, cfg.target_l0) for cfg in by_type[sae_type]]
         assert {*found} == expected and len(found) == len(expected)
     assert not by_type["vanilla"] and not by_type["matryoshka"]
+
+
+def test_the_sweeps_of_other_kinds_are_on_one_stream() -> None:
+    transcoders, crosscoder = SWEEPS["transcoders"](), SWEEPS["crosscoder"]()
+    assert [(cfg.layer, cfg.target_l0) for cfg in transcoders] == [(l, k) for l in range(4) for k in (8, 16, 32)]
+    assert {(cfg.kind, cfg.site, cfg.target_site) for cfg in transcoders} == {("transcoder", "mlp_in", "mlp_out")}
+    assert {(cfg.kind, cfg.layer) for cfg in crosscoder} == {("crosscoder", (0, 1, 2, 3))}
+    of_gpt2 = SWEEPS["gpt2-transcoders"]()
+    assert {(cfg.hook_name, cfg.writes[0], cfg.dict_size, cfg.target_l0) for cfg in of_gpt2} == {
+        ("blocks.8.ln2.hook_out", "blocks.8.hook_mlp_out", 768 * 16, k) for k in (16, 32, 64)
+    }
+    for cfgs in (transcoders, crosscoder, of_gpt2):
+        assert len({cfg.stream for cfg in cfgs}) == 1 and len({cfg.name for cfg in cfgs}) == len(cfgs)
 
 
 # ---- the rules ----

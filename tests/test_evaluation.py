@@ -52,7 +52,7 @@ def tokens(model: TransformerBridge, windows_of: Callable[..., Tensor]) -> Tenso
 
 @pytest.fixture(scope="module")
 def held_out(model: TransformerBridge, tokens: Tensor, cfg: Config) -> HeldOut:
-    return HeldOut(model, tokens, cfg)
+    return HeldOut(model, tokens)
 
 
 class Stand(BaseAutoencoder):
@@ -184,7 +184,7 @@ def test_a_metric_is_one_function(
     sae = some_sae(cfg, model, tokens).eval()
     x = acts_of(cfg, model, tokens)[tokens != EOS]
     expected = sae.encode(x).amax(dim=1).mean().item()
-    (found,) = evaluate(HeldOut(model, tokens, cfg), [sae])
+    (found,) = evaluate(HeldOut(model, tokens), [sae])
     assert found["largest_mean"] == pytest.approx(expected, rel=1e-5)
     assert training_metrics(sae, x, sae(x))["train/largest_mean"] == pytest.approx(expected, rel=1e-5)
 
@@ -202,7 +202,7 @@ def test_splicing_the_identity_changes_nothing(cfg: Config, held_out: HeldOut) -
 
 
 def test_splicing_zeros_or_the_mean_recovers_nothing(cfg: Config, held_out: HeldOut) -> None:
-    zeros, mean = Stand(cfg, torch.zeros_like), Stand(cfg, lambda x: held_out.mean.float().expand_as(x))
+    zeros, mean = Stand(cfg, torch.zeros_like), Stand(cfg, lambda x: held_out.of(cfg).mean.float().expand_as(x))
     for m, ablation in zip(evaluate(held_out, [zeros, mean]), ("zero", "mean")):
         assert m["ce"] == m[f"ce_{ablation}"] > m["ce_clean"] + 0.1
         assert m["ce_recovered" if ablation == "zero" else "ce_recovered_mean"] == 0
@@ -226,7 +226,7 @@ def test_an_sae_is_given_every_ordinary_position_once_and_no_other(
     cfg: Config, model: TransformerBridge, tokens: Tensor
 ) -> None:
     sae = Stand(cfg, lambda x: x)
-    evaluate(HeldOut(model, tokens, cfg), [sae])
+    evaluate(HeldOut(model, tokens), [sae])
     acts = acts_of(cfg, model, tokens)
     assert_close(torch.cat(sae.seen), acts[tokens != EOS])
 
@@ -329,7 +329,7 @@ def test_every_metric_agrees_with_the_hugging_face_model(
     cfg: Config, model: TransformerBridge, hugging_face: GPT2LMHeadModel, tokens: Tensor, changes: dict
 ) -> None:
     sae = some_sae(Config(**cfg.to_dict() | changes), model, tokens)
-    (found,) = evaluate(HeldOut(model, tokens, sae.cfg), [sae])
+    (found,) = evaluate(HeldOut(model, tokens), [sae])
     expected = direct(hugging_face, sae, tokens)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -418,7 +418,7 @@ def test_results_do_not_depend_on_how_windows_are_batched(
     vocab = model.cfg.d_vocab
     for windows in (1, 4):
         monkeypatch.setattr(evaluation, "MAX_LOGITS", windows * 24 * vocab)
-        for found, expected in zip(evaluate(HeldOut(model, tokens, cfg), saes), together):
+        for found, expected in zip(evaluate(HeldOut(model, tokens), saes), together):
             assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
@@ -441,7 +441,7 @@ def test_what_no_sae_has_a_part_in_is_computed_once(
         )
         for name in counts
     ]
-    held_out = HeldOut(model, tokens, cfg)
+    held_out = HeldOut(model, tokens)
     first = evaluate(held_out, [Stand(cfg, lambda x: 2 * x)] * 4)
     before = dict(counts)
     assert evaluate(held_out, [Stand(cfg, lambda x: 2 * x)] * 4) == first

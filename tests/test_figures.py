@@ -11,8 +11,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from analysis.figures import (
+    kinds_of,
     plot_cosines,
     plot_density,
+    plot_kinds,
+    plot_layers,
     plot_pareto,
     plot_training,
     row_labels,
@@ -60,6 +63,44 @@ def legends(figure: Figure) -> dict[str, list[str]]:
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     below = [axes.get_legend() for axes in figure.axes if not axes.axison]
     return {title: [text.get_text() for text in legend.get_texts()] for title, legend in zip(titles, below)}
+
+
+# ---- kinds ----
+
+
+def several_kinds() -> pd.DataFrame:
+    """An SAE, a transcoder, one with a skip connection, and a crosscoder of three layers."""
+    df = frame(*(("topk", 64, l0, ev, 0.9) for l0, ev in ((8, 0.5), (16, 0.6), (32, 0.7), (24, 0.8))))
+    layers = pd.Series([2, 1, 1, (0, 1, 2)], dtype=object)
+    sites, sizes = [None, "mlp_out", "mlp_out", None], [np.nan, 20, 20, np.nan]
+    return df.assign(layer=layers, site="mlp_in", target_site=sites, act_size=10, target_size=sizes, skip=[0, 0, 1, 0])
+
+
+def test_kinds_are_compared_by_three_measures_of_sparsity() -> None:
+    df = several_kinds()
+    df["skip"] = df["skip"].astype(bool)
+    assert kinds_of(df) == ["SAE", "transcoder", "skip transcoder", "crosscoder"] and kinds_of(many(2)) == ["SAE"] * 2
+    figure = plot_kinds(df)
+    found = [[line.get_xdata()[0] for line in axes.lines] for axes in figure.axes]
+    assert found == [[8, 16, 32, 24], [8, 16, 32, 8], [8 * 20, 16 * 30, 32 * 30 + 200, 24 * 60]]
+    assert [line.get_ydata()[0] for line in figure.axes[0].lines] == [0.5, 0.6, 0.7, 0.8]
+    assert len({line.get_marker() for line in figure.axes[0].lines}) == 4
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entries == ["TopK", "SAE", "transcoder", "skip transcoder", "crosscoder"]
+
+
+def test_a_crosscoder_s_latents_are_ordered_by_layer(tmp_path: Path) -> None:
+    norms = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.8, 0.6, 0.0]])
+    df = several_kinds().iloc[3:]
+    figure = plot_layers(df, [norms])
+    (image,) = figure.axes[0].images
+    assert np.array_equal(image.get_array(), norms[[1, 3, 2, 0]].T)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="give one array for each row"):
+        plot_layers(df, [])
+    df = several_kinds().assign(skip=False)
+    names = {path.name for path in save_figures(df, tmp_path, norms=[None, None, None, norms])}
+    assert names == {f"{name}.{kind}" for name in ("pareto", "kinds", "layers") for kind in ("png", "pdf")}
 
 
 # ---- plot_pareto ----

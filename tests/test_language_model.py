@@ -1,6 +1,7 @@
 """language_model.py: recording and replacing against Hugging Face's own modules, and which models are refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -28,6 +29,7 @@ from transformers import (
 
 from config import SITES, Config
 from language_model import (
+    check_hooks,
     check_model,
     computing_once,
     load_model,
@@ -73,6 +75,8 @@ def seen_by_hugging_face(hf: GPT2LMHeadModel, tokens: Tensor) -> dict[str, Tenso
         entering(block.attn.c_proj, hooks["z"])
         leaving(block.attn, hooks["attn_out"])
         entering(block.ln_2, hooks["resid_mid"])
+        leaving(block.ln_1, hooks["attn_in"])
+        leaving(block.ln_2, hooks["mlp_in"])
         leaving(block.mlp, hooks["mlp_out"])
         leaving(block, hooks["resid_post"])
     seen["logits"] = hf(tokens).logits
@@ -259,5 +263,44 @@ def test_a_site_that_the_model_lacks_is_refused_with_those_it_has(tmp_path: Path
     )  # fmt: skip
     GPTNeoXForCausalLM(neox).save_pretrained(tmp_path)
     word_tokenizer(eos_token="<eos>").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"^site = 'resid_mid': .* give one of resid_pre, resid_post, attn_out, mlp_o"):
-        load_model(Config(model_name=str(tmp_path), layer=1, site="resid_mid", device="cpu"))
+    cfg = Config(model_name=str(tmp_path), layer=1, site="resid_mid", device="cpu")
+    with pytest.raises(ValueError, match=r"^site = 'resid_mid': .* has no such hook; give one of resid_pre, resid_p"):
+        check_hooks(load_model(cfg), cfg)
+
+
+@pytest.mark.parametrize("site, width", [
+    ("mlp_in", 16), ("attn_in", 16), ("mlp.hook_post", 64), ("mlp.hook_pre", 64), ("attn.hook_q", 16),
+    ("attn.hook_z", 16), ("ln2.hook_normalized", 16), ("attn.o.hook_in", 16),
+])  # fmt: skip
+def test_any_hook_of_a_block_is_a_site_and_its_width_is_found(
+    model: TransformerBridge, tiny_gpt2: Path, site: str, width: int
+) -> None:
+    cfg = Config(model_name=str(tiny_gpt2), layer=1, site=site, device="cpu")
+    assert check_hooks(model, cfg) == replace(cfg, act_size=width)
+    cfg = Config(model_name=str(tiny_gpt2), layer=1, site="mlp_in", target_site=site, device="cpu")
+    found = check_hooks(model, cfg)
+    assert (found.d_in, found.d_out, found.target_size) == ((16, 16, None) if site == "mlp_in" else (16, width, width))
+
+
+@pytest.mark.parametrize("site, why", [
+    ("attn.hook_attn_scores", "has no vector for each token at"), ("attn.hook_pattern", "has no vector for each tok"),
+    ("attn.qkv.hook_out", "has no vector for each token at"), ("hook_mlp_in", "cannot be used .*set_use_hook_mlp_in"),
+    ("mlp.hook_pots", "has no such hook; did you mean mlp.hook_post[?]"),
+])  # fmt: skip
+def test_a_hook_that_is_not_what_it_seems_is_refused(
+    model: TransformerBridge, tiny_gpt2: Path, site: str, why: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^site = '{site}': .*{why}") as error:
+        check_hooks(model, Config(model_name=str(tiny_gpt2), layer=1, site=site, device="cpu"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=f"^target_site = '{site}': "):
+        check_hooks(model, Config(model_name=str(tiny_gpt2), layer=1, target_site=site, device="cpu"))
+
+
+def test_a_hook_that_changes_nothing_is_refused(
+    model: TransformerBridge, tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TransformerLens' issues 1527 and 1673 describe."""
+    monkeypatch.setattr(torch, "zeros_like", lambda acts: acts)
+    with pytest.raises(ValueError, match=r"does not act through blocks\.1\.hook_mlp_out"):
+        check_hooks(model, Config(model_name=str(tiny_gpt2), layer=1, site="mlp_out", device="cpu"))

@@ -77,7 +77,7 @@ def test_a_miniature_sweep_end_to_end(here: Path) -> None:
     assert [type(sae) for sae in saes] == [SAE_TYPES[sae_type] for sae_type in types]
     cfg, model = saes[0].cfg, load_model(saes[0].cfg)
     tokens = held_out_windows(cfg, model.tokenizer, cfg.eval_windows)
-    metrics = evaluate(HeldOut(model, tokens, cfg), saes)
+    metrics = evaluate(HeldOut(model, tokens), saes)
     for sae, row, found in zip(saes, df.itertuples(), metrics):
         assert sae.cfg.name == row.name and sae.cfg.act_size == 16
         for metric in ("l0", "mse", "explained_variance", "ce", "ce_clean", "kl", "dead_share"):

@@ -30,7 +30,7 @@ def cfg(tiny_gpt2: Path, tiny_text: Path) -> Config:
 @pytest.fixture(scope="module")
 def held_out(cfg: Config) -> HeldOut:
     model = load_model(cfg)
-    return HeldOut(model, held_out_windows(cfg, model.tokenizer, WINDOWS), cfg)
+    return HeldOut(model, held_out_windows(cfg, model.tokenizer, WINDOWS))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,10 @@ def test_a_resample_is_a_text_of_the_windows_drawn(held_out: HeldOut, make: Call
     metrics = resampled(found)
     for resample in (0, 7):
         tokens = torch.cat([batch.tokens for batch in held_out.batches])[drawn_windows()[resample]]
-        text = HeldOut(held_out.model, tokens, held_out.cfg)
-        text.mean = held_out.mean  # of which the resamples keep the whole text's
+        text = HeldOut(held_out.model, tokens)
+        text._of_hooks[sae.cfg.writes] = text.of(sae.cfg)._replace(
+            mean=held_out.of(sae.cfg).mean
+        )  # of which the resamples keep the whole text's
         (expected,) = evaluate(text, [sae])
         for name in metrics.keys() - {"ce_mean", "ce_recovered_mean"}:
             assert metrics[name][resample].item() == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
@@ -101,7 +103,7 @@ def test_all_is_that_of_each_sae_on_its_own_text(folders: list[str], held_out: H
     saes = [make(sae_type="topk"), make(sae_type="topk", layer=0)]
     for row, sae in zip(measured, saes):
         tokens = torch.cat([batch.tokens for batch in held_out.batches])
-        (expected,) = evaluate(HeldOut(held_out.model, tokens, sae.cfg), [sae])
+        (expected,) = evaluate(HeldOut(held_out.model, tokens), [sae])
         assert row["metrics"] == pytest.approx(expected) and row["config"] == sae.cfg.to_dict()
         for name, (low, high) in row["intervals"].items():
             assert low <= row["metrics"][name] <= high or row["metrics"][name] == pytest.approx(low, rel=1e-9)
@@ -120,7 +122,8 @@ def test_all_is_that_of_each_sae_on_its_own_text(folders: list[str], held_out: H
 def test_densities_are_counted_in_their_decades(held_out: HeldOut, make: Callable, tmp_path: Path) -> None:
     """A latent that always fires, and one that fires at about a hundredth of the tokens; the others never do."""
     sae = make(sae_type="vanilla")
-    x = torch.cat([held_out.predict(batch)[1] for batch in held_out.batches])
+    hook = sae.cfg.hook_name
+    x = torch.cat([held_out.predict(batch, (hook,))[1][hook] for batch in held_out.batches])
     sae.b_enc.data[:] = -1e6
     sae.b_enc.data[0] = 1e6
     along = (x - sae.b_dec) @ sae.W_enc[:, 1]

@@ -15,9 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.testing import assert_close
 
 from checkpoint import load_checkpoint, save_checkpoint
-from interop.pretrained import load_pretrained
+from config import TYPES, Config
+from interop.pretrained import load_pretrained, new_sae
+from sae import BaseAutoencoder, build_sae
+from training import Trainer
 
 D, F, K = 12, 40, 5
 Tensors = dict[str, Tensor]
@@ -209,14 +213,14 @@ def assert_refused(folder: Path, says: str) -> None:
         (write_sae_lens, {"hook_head_index": 3}, "hook_head_index = 3"),
         (write_sae_lens, {"hook_point_head_index": 3}, "hook_head_index = 3"),  # before version 6
         (write_sae_lens, {"d_sae": F + 1}, r"W_enc is \[12, 40\] of torch.float32, should be \[12, 41\]"),
-        (write_sae_lens, {"metadata": METADATA | {"hook_name": "blocks.3.hook_mlp_in"}}, "give blocks.<layer>.hook_"),
+        (write_sae_lens, {"metadata": METADATA | {"hook_name": "hook_embed"}}, "no hook of a block; give one such as"),
         (write_sae_lens, {"metadata": METADATA | {"hook_name": 3}}, "does not say its hook_name"),
         (write_sae_lens, {"metadata": METADATA | {"context_size": "x"}}, "seq_len = 'x': give int"),
         (write_sae_lens, {"metadata": 3}, "does not say its model_name"),
         (write_ae, {"dict_class": "GatedAutoEncoder"}, "dict_class = 'GatedAutoEncoder': .*can be 'AutoEncoder'"),
         (write_ae, {"k": 2.5}, "target_l0 = 2.5: give int"),
         (write_ae, {"submodule_name": "attention_layer_2"}, "does not say its hook_name"),
-        (write_ae, {"layer": "2.x"}, "hook_name = 'blocks.2.x.hook_resid_post': no site"),
+        (write_ae, {"layer": "x"}, "hook_name = 'blocks.x.hook_resid_post': no hook of a block"),
         (write_sparsify, {"transcode": True}, "transcode = True"),
         (write_sparsify, {"skip_connection": True}, "skip_connection = True"),
         (write_sparsify, {"multi_topk": True}, "multi_topk = True"),
@@ -330,3 +334,52 @@ def test_configurations_that_are_none(tmp_path: Path, params: Tensors, cfg: str)
         write(folder, params)
         (folder / name).write_text(cfg)
         assert_refused(folder, f"{name}: (holds|not JSON)")
+
+
+# ---- fine-tuning ----
+
+
+def start_from(path: Path, sae_type: str = "jumprelu", **changes: object) -> BaseAutoencoder:
+    fields = dict(
+        act_size=D, dict_size=F, target_l0=K, init_from=str(path), device="cpu", batch_size=64, num_tokens=640
+    )
+    return new_sae(Config(sae_type=sae_type, **fields | changes))
+
+
+@pytest.mark.parametrize("sae_type", list(TYPES))
+def test_training_goes_on_from_weights_that_are_given(tmp_path: Path, params: Tensors, sae_type: str) -> None:
+    """With fresh counters, in the scale of the new activations; nothing but the weights is taken."""
+    write_sae_lens(tmp_path, params)  # jumprelu, whose thresholds some types have no use for
+    other, sae = load_pretrained(tmp_path), start_from(tmp_path, sae_type)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", *(["threshold"] if sae_type == "jumprelu" else [])):
+        assert torch.equal(getattr(sae, name), getattr(other, name)), name
+    assert sae.W_enc.t().is_contiguous() and not sae.tokens_since_fired.any() and sae.training
+    x = 3 * torch.randn(64, D)
+    assert_close(sae.eval().encode(x), other.encode(x)) if sae_type == "jumprelu" else None
+    trainer = Trainer(sae)
+    before = trainer.sae.b_dec.detach().clone()
+    trainer.step(x, 0)
+    assert (sae.b_dec - before).abs().max() < 1 and sae.input_scale == pytest.approx(x.std().item(), rel=0.01)
+
+
+def test_a_threshold_for_all_becomes_one_for_each(tmp_path: Path) -> None:
+    made = build_sae(Config(sae_type="batchtopk", act_size=D, dict_size=F, target_l0=K, device="cpu"))
+    made.threshold.fill_(0.7)
+    save_checkpoint(made, tmp_path / "made")
+    assert torch.equal(start_from(tmp_path / "made").threshold, torch.full((F,), 0.7))
+    assert start_from(tmp_path / "made", "batchtopk").threshold == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(dict_size=F + 1), rf"W_dec is \[{F}, {D}\], should be \[{F + 1}, {D}\]; give dict_size = {F}, or another"),
+    (dict(act_size=D + 1), rf"W_dec is \[{F}, {D}\], should be \[{F}, {D + 1}\]"),
+    (dict(input_unit_norm=True), "a topk SAE, input_unit_norm False; give the same, or another"),
+    (dict(target_site="mlp_out", target_size=D), "a topk SAE, input_unit_norm False; give the same, or another"),
+    (dict(), "a topk SAE, has no threshold; give one of another type"),
+], ids=str)  # fmt: skip
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, says: str) -> None:
+    made = build_sae(Config(sae_type="topk", act_size=D, dict_size=F, target_l0=K, device="cpu"))
+    save_checkpoint(made, tmp_path / "made")
+    with pytest.raises(ValueError, match=f"^init_from = .*: {says}") as error:
+        start_from(tmp_path / "made", **changes)
+    assert "\n" not in str(error.value)

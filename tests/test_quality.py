@@ -37,7 +37,7 @@ def test_metrics_are_those_of_evaluation(activations: Activations, monkeypatch: 
     sae.initialise_from(batch)
     sae.b_enc.data[:8] = -1e3
     found = activations.measure(Coder(sae.encode, lambda x: sae(x).sae_out))
-    (expected,) = evaluate(HeldOut(activations.model, activations.tokens, cfg), [sae])
+    (expected,) = evaluate(HeldOut(activations.model, activations.tokens), [sae])
     for name in ("explained_variance", "ce_recovered", "l0", "relative_bias"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4)
     assert 1 - sum(found["errors"]) / sum(found["powers"]) == pytest.approx(found["explained_variance"], rel=1e-5)

@@ -333,10 +333,12 @@ def test_decoder_cosines_are_of_the_latest_checkpoints(tmp_path: Path, monkeypat
         sae.W_dec.data = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, -1, 0], last])
         save_checkpoint(sae, folder / f"step-{step}")
     drawn = []
-    monkeypatch.setattr(results, "save_figures", lambda df, folder, history, cosines: drawn.extend(cosines) or [])
+    monkeypatch.setattr(
+        results, "save_figures", lambda df, folder, history, cosines, norms: drawn.extend([*cosines, *norms]) or []
+    )
     report(str(tmp_path))
-    none, cosines = drawn
-    assert none is None
+    none, cosines, *norms = drawn
+    assert none is None and norms == [None, None]
     np.testing.assert_allclose(cosines, [0.6, 0, 0, 0.6], atol=1e-7)
 
 

@@ -55,11 +55,18 @@ def make_sae(sae_type: str, dead: Sequence[int] = (), **changes: object) -> Base
         return torch.randn(shape, generator=rng, dtype=torch.float64)
 
     with torch.no_grad():
-        sae.W_enc += 0.3 * random(F, D).t()
+        sae.W_enc += 0.3 * random(*sae.W_enc.t().shape).t()
         sae.W_dec *= 0.5 + random(F, 1).abs()
         sae.b_enc.copy_(0.3 * random(F))
-        sae.b_dec.copy_(random(D))
+        sae.b_dec.copy_(random(*sae.b_dec.shape))
         sae.input_scale.fill_(1.7)
+        if not sae.y_is_x:
+            sae.input_scale.fill_(0.6)
+            sae.target_scale.fill_(1.7)
+        if sae.cfg.skip:
+            sae.W_skip.copy_(0.3 * random(*sae.W_skip.shape))
+        if len(sae.cfg.layers) > 1:
+            sae.hook_scales.copy_(torch.tensor([0.5, 2.0]))
         if sae_type == "jumprelu":
             sae.threshold.copy_(0.2 + 0.5 * random(F).abs())
         if sae_type == "vanilla":
@@ -74,14 +81,15 @@ def rows(*shape: int, seed: int = 0, mean: float = 0.5) -> Tensor:
     return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + mean
 
 
-def reference_of(sae: BaseAutoencoder, x: Tensor) -> Reference:
+def reference_of(sae: BaseAutoencoder, x: Tensor, y: Tensor | None = None) -> Reference:
     cfg, params = sae.cfg, dict(sae.named_parameters())
     params |= {name: buffer for name, buffer in sae.named_buffers() if name in ("threshold", "steering")}
     same = ("input_unit_norm", "target_l0", "l1_coeff", "aux_penalty", "top_k_aux")
     options = {field: getattr(cfg, field) for field in same}
     options |= dict(eps=cfg.bandwidth * 1.7, dead=sae.dead, widths=[round(share * F) for share in cfg.prefixes])
     options["scale"] = 1.7
-    return reference(cfg.sae_type, params, x, training=sae.training, **options)
+    options["hook_scales"] = sae.hook_scales if len(cfg.layers) > 1 else None
+    return reference(cfg.sae_type, params, x, y, training=sae.training, **options)
 
 
 def gradients(sae: BaseAutoencoder, losses: dict[str, Tensor], x: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -102,6 +110,21 @@ def across(gradient: Tensor, W_dec: Tensor) -> Tensor:
 # ---- the whole computation ----
 
 
+def check_against_the_reference(sae: BaseAutoencoder, density: float, x: Tensor, y: Tensor | None = None) -> None:
+    expected, row = reference_of(sae, x, y), sae.cfg.type
+    always_sparse = "l1_coeff" not in row.fields and (sae.training or row.sae_lens == "topk")
+    for given in (x, x.clone().requires_grad_()):
+        out = sae(given, y)
+        assert (out.latents.support is None) == (density == 0.0 and not always_sparse)
+        assert_close(out.sae_out, expected.sae_out, **EXACT)
+        assert_close(out.latents.to_dense(), expected.latents, **EXACT)
+        assert_close(out.losses, expected.losses, **EXACT)
+        assert_close(out.loss, sum(expected.losses.values()), **EXACT)
+        found = gradients(sae, out.losses, given)
+        for term, grads in found.items():
+            assert_close(grads, {name: expected.grads[term][name] for name in grads}, **EXACT)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("l1_coeff", [None, 0.1], ids=["steered", "fixed"])
 @pytest.mark.parametrize("input_unit_norm", [True, False], ids=["normalised", "raw"])
@@ -110,19 +133,59 @@ def test_outputs_losses_and_all_gradients_equal_the_reference(
     density: float, sae_type: str, input_unit_norm: bool, l1_coeff: float | None, training: bool
 ) -> None:
     sae = make_sae(sae_type, dead=DEAD, input_unit_norm=input_unit_norm, l1_coeff=l1_coeff).train(training)
-    expected = reference_of(sae, rows(B))
-    row = sae.cfg.type
-    always_sparse = "l1_coeff" not in row.fields and (training or row.sae_lens == "topk")
-    for x in (rows(B), rows(B).requires_grad_()):
-        out = sae(x)
-        assert (out.latents.support is None) == (density == 0.0 and not always_sparse)
-        assert_close(out.sae_out, expected.sae_out, **EXACT)
-        assert_close(out.latents.to_dense(), expected.latents, **EXACT)
-        assert_close(out.losses, expected.losses, **EXACT)
-        assert_close(out.loss, sum(expected.losses.values()), **EXACT)
-        found = gradients(sae, out.losses, x)
-        for term, grads in found.items():
-            assert_close(grads, {name: expected.grads[term][name] for name in grads}, **EXACT)
+    check_against_the_reference(sae, density, rows(B))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+@all_types
+def test_a_transcoder_equals_the_reference(density: float, sae_type: str, skip: bool, training: bool) -> None:
+    """y is wider than x, and of another scale."""
+    sae = make_sae(sae_type, dead=DEAD, target_site="mlp_out", target_size=D + 3, skip=skip).train(training)
+    y = 5 * torch.cat([rows(B, seed=1), rows(B, seed=2)], dim=1)[:, : D + 3]
+    check_against_the_reference(sae, density, rows(B), y)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@all_types
+def test_a_crosscoder_equals_the_reference(density: float, sae_type: str, training: bool) -> None:
+    sae = make_sae(sae_type, dead=DEAD, layer=(0, 2)).train(training)
+    check_against_the_reference(sae, density, torch.cat([rows(B), 4 * rows(B, seed=1)], dim=1))
+
+
+@all_types
+def test_the_output_of_a_transcoder_does_not_depend_on_y(sae_type: str) -> None:
+    sae = make_sae(sae_type, target_site="mlp_out", target_size=4).eval()
+    x, y = rows(B), rows(B, seed=1)[:, :4]
+    outs = [sae(x, y), sae(x, 100 * y), sae(x)]
+    assert all(torch.equal(out.sae_out, outs[0].sae_out) for out in outs)
+    assert outs[0].loss < outs[1].loss and not outs[2].losses
+
+
+@all_types
+def test_a_new_transcoder_starts_at_the_mean_of_y_with_latents_in_its_units(sae_type: str) -> None:
+    sae = build_sae(config(sae_type, target_site="mlp_out", target_size=4, skip=True)).double()
+    x, y = 0.1 * rows(500), 50 * rows(500, seed=1)[:, :4]
+    sae.initialise_from(x, y)
+    assert_close(sae.b_dec, y.mean(dim=0), check_dtype=False)
+    for scale, acts in ((sae.input_scale, x), (sae.target_scale, y)):
+        assert_close(scale, (acts - acts.mean(dim=0)).square().mean().sqrt(), check_dtype=False)
+    pre = x @ sae.W_enc + (sae.b_enc + 0 if sae_type != "vanilla" else -x.mean(dim=0) @ sae.W_enc)
+    assert_close(pre.mean(dim=0), torch.zeros(F, dtype=pre.dtype), atol=1e-9, rtol=0)
+    assert 0.7 < pre.std() / sae.target_scale < 1.3
+    assert not sae.W_skip.any()
+
+
+def test_a_crosscoder_scales_its_hooks_to_the_same_standard_deviation() -> None:
+    sae = build_sae(config(layer=(0, 1, 2))).double()
+    parts = [rows(500), 3 * rows(500, seed=1), 0.2 * rows(500, seed=2)]
+    x = torch.cat(parts, dim=1)
+    sae.initialise_from(x)
+    z, std, mean = sae.normalise(x)
+    stds = [(part - part.mean(dim=0)).square().mean().sqrt() for part in z.split(D, dim=1)]
+    assert_close(stds, [sae.input_scale.double()] * 3)
+    assert_close(z * std + mean, x)
+    assert_close(sae.scale.double().square(), torch.stack([p.var(dim=0, correction=0).mean() for p in parts]).mean())
 
 
 @pytest.mark.parametrize(

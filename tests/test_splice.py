@@ -1,6 +1,7 @@
 """splice.py against hooks written by hand with dense formulas, in float64, on a two-layer model."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import DynamicCache
 from analysis.splice import splice
 from config import Config
 from evaluation import HeldOut, evaluate
-from language_model import check_model, load_model, record
+from language_model import check_model, load_model, record, replacing
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 
 EOS = 0
@@ -47,7 +48,8 @@ def make(cfg: Config, model: TransformerBridge, tokens: Tensor) -> Callable[...,
 
     def sae(**changes: object) -> BaseAutoencoder:
         sae = build_sae(Config(**cfg.to_dict() | changes)).double()
-        sae.initialise_from(at_hook(model, tokens, sae.cfg.hook_name).flatten(0, 1))
+        x, y = (at_hook(model, tokens, hook).flatten(0, 1) for hook in (sae.cfg.hook_name, sae.cfg.writes[0]))
+        sae.initialise_from(x, y)
         rng = torch.Generator().manual_seed(1)
         with torch.no_grad():
             sae.b_enc += 0.1 * torch.randn(sae.b_enc.shape, generator=rng, dtype=torch.float64)
@@ -178,9 +180,44 @@ def test_several_saes_and_heads(make: Callable, model: TransformerBridge, tokens
         assert_close(found[tokens != EOS], kept[name])
 
 
+@pytest.mark.parametrize("error_term", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoder_stands_in_for_what_it_reconstructs(
+    make: Callable, model: TransformerBridge, tokens: Tensor, skip: bool, error_term: bool
+) -> None:
+    """And reads what is there in the same forward pass; computed by hand from both hooks."""
+    sae = make(sae_type="topk", site="mlp_in", target_site="mlp_out", target_size=16, skip=skip)
+    if skip:
+        sae.W_skip.data.fill_(0.03)
+    read, written = sae.cfg.reads[0], sae.cfg.writes[0]
+    x, y = at_hook(model, tokens, read), at_hook(model, tokens, written)
+    pre = x @ sae.W_enc + sae.b_enc
+    f = pre.relu() * (pre >= pre.topk(4, dim=-1).values[..., -1:])
+    scale = torch.ones(64, dtype=torch.float64)
+    scale[int(f[0, 3].argmax())] = 0
+    out = y + ((scale * f - f) @ sae.W_dec)
+    if not error_term:
+        out = (scale * f) @ sae.W_dec + sae.b_dec + (x @ sae.W_skip if skip else 0)
+    ordinary = (tokens != EOS) & (torch.arange(12) > 0)
+    out = torch.where(ordinary[..., None], out, y)
+    with replacing(model, {written: lambda acts: out}):
+        expected = model(tokens)
+    ablated = {(read, int(f[0, 3].argmax())): 0.0}
+    with splice(model, sae, error_term=error_term, scale=ablated) as latents:
+        assert_close(model(tokens), expected)
+        assert_close(model(tokens), expected)  # nothing is left over from the first
+    assert_close(latents[read], scale * f * ordinary[..., None])
+
+
+def test_a_crosscoder_cannot_be_spliced(make: Callable, cfg: Config, model: TransformerBridge) -> None:
+    sae = build_sae(replace(cfg, layer=(0, 1)))
+    with pytest.raises(ValueError, match=r"layers \(0, 1\): a crosscoder cannot be spliced"), splice(model, sae):
+        pass
+
+
 def test_cross_entropy_is_that_of_evaluate(cfg: Config, make: Callable, tokens: Tensor) -> None:
     model, sae = load_model(cfg), make().float().train()
-    (metrics,) = evaluate(HeldOut(model, tokens, sae.cfg), [sae])
+    (metrics,) = evaluate(HeldOut(model, tokens), [sae])
     with torch.no_grad(), splice(model, sae):
         logits = model(tokens)
     counted = tokens[:, :-1] != EOS

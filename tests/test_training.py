@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import activation_store
 import training
 from activation_store import ActivationsStore
-from config import Config
+from config import Config, by_stream
 from kernels import choose, sparse
-from language_model import check_model, load_model
+from language_model import check_hooks, check_model, load_model, record
 from runtime import machine
 from runtime.disk import load_state, save_state
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
@@ -66,6 +67,10 @@ class Store:
     def state(self) -> dict[str, int]:
         return {"served": self.served}
 
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        return self.cfg.reads
+
     def held_out_tokens(self) -> str:
         return "held-out tokens"
 
@@ -94,7 +99,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluations = Counter()
 
     def evaluate(held_out: tuple, saes: list[BaseAutoencoder]) -> list[dict[str, float]]:
-        assert held_out == (Store.model, "held-out tokens", saes[0].cfg)
+        assert held_out == (Store.model, "held-out tokens")
         evaluations.update(id(sae) for sae in saes)
         return [{"l0": evaluations[id(sae)], "explained_variance": 0.5} for sae in saes]
 
@@ -404,9 +409,10 @@ def test_logs_evaluations_and_checkpoints_come_at_their_steps(
 @pytest.mark.parametrize(
     "field, value", [("text_seed", 1), ("layer", 0), ("batch_size", 16), ("num_tokens", 32), ("seq_len", 64)]
 )
-def test_an_sae_of_another_stream_is_refused(field: str, value: int) -> None:
+def test_an_sae_of_another_stream_or_hook_is_refused(field: str, value: int) -> None:
     saes, store = [build_sae(config()), build_sae(config(**{field: value}))], Store(config())
-    with pytest.raises(ValueError, match="its stream of activations is not the store's") as error:
+    said = "its stream of activations is not the store's|the store does not read blocks.0.hook_resid_pre; make it with"
+    with pytest.raises(ValueError, match=said) as error:
         train(saes, store)
     assert str(error.value).startswith(saes[1].cfg.name) and "\n" not in str(error.value)
     assert store.served == 0
@@ -663,6 +669,41 @@ def test_training_on_a_language_model_learns(tiny_gpt2: Path, tiny_text: Path) -
         assert log.results[index]["ce_recovered"] > 0.9
         assert abs(log.results[index]["ce_degradation"]) < (0.15 if nested else 0.1)
         assert_close(sae.W_dec.norm(dim=1), torch.ones(64), rtol=0, atol=1e-6)
+
+
+def test_all_kinds_train_on_one_pass_of_the_model(
+    tiny_gpt2: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SAEs of two layers, a transcoder with and without a skip connection, and a crosscoder; each alone is the same."""
+    passes = []
+    monkeypatch.setattr(activation_store, "record", lambda *args: (passes.append(args[2]), record(*args))[1])
+    common = dict(
+        model_name=str(tiny_gpt2), dataset_path=str(tiny_text), act_size=None, dict_size=64, target_l0=4, batch_size=64,
+        num_tokens=60 * 64, seq_len=32, model_batch_size=8, num_batches_in_buffer=4, eval_windows=8,
+        perf_log_freq=10**6, lr=0.01,
+    )  # fmt: skip
+    transcoder = dict(layer=1, site="mlp_in", target_site="mlp_out")
+    model = load_model(config("topk", **common | dict(layer=0)))
+    cfgs = [
+        check_hooks(model, config(sae_type, **common | place))
+        for sae_type, place in (
+            ("topk", dict(layer=0)), ("jumprelu", dict(layer=1)), ("topk", transcoder),
+            ("batchtopk", transcoder | dict(skip=True)), ("batchtopk", dict(layer=(0, 1), site="resid_post")),
+        )
+    ]  # fmt: skip
+    assert len(by_stream(cfgs)) == 1
+    saes = [build_sae(cfg) for cfg in cfgs]
+    results = train(saes, ActivationsStore(model, cfgs))
+    together = len(passes)
+    assert {*passes[0]} == {hook for cfg in cfgs for hook in cfg.widths} and len({*passes[0]}) == 6
+    for cfg, found, sae in zip(cfgs, results, saes):
+        assert found["explained_variance"] > 0.5 and found["ce_recovered"] > 0.7, cfg.name
+        passes.clear()
+        alone = build_sae(cfg)
+        (expected,) = train([alone], ActivationsStore(model, [cfg]))
+        assert len(passes) == together
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert_close(sae.state_dict(), alone.state_dict(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_seed_alone_decides_the_weights(tiny_gpt2: Path, tiny_text: Path) -> None:

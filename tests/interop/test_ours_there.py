@@ -22,6 +22,7 @@ from checkpoint import save_checkpoint
 from config import Config
 from evaluation import HeldOut, evaluate
 from interop.hub import push_to_hub
+from interop.pretrained import load_pretrained
 from language_model import load_model, ordinary_positions, record, replacing
 from sae import SAE_TYPES, BaseAutoencoder
 
@@ -74,6 +75,27 @@ def test_load_from_disk(tmp_path: Path, sae_type: str, norm: bool, shape: tuple[
     assert theirs.cfg.architecture() == sae.cfg.type.sae_lens
     assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_pre"
     assert_same(sae, theirs, 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(2)) + 0.5)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+@pytest.mark.parametrize("sae_type", [t for t in SAE_TYPES if t != "topk"])
+def test_transcoders_open_there_and_come_back(tmp_path: Path, sae_type: str, skip: bool) -> None:
+    """With outputs equal to 1e-5; what SAELens saves is opened here with the same."""
+    sae = make(sae_type, False, site="mlp_in", target_site="mlp_out", target_size=WIDTH + 4, skip=skip)
+    if skip:
+        torch.nn.init.normal_(sae.W_skip, std=0.3)
+    save_checkpoint(sae, tmp_path / "sae")
+    theirs = SAE.load_from_disk(tmp_path / "sae")
+    kind = "jumprelu_" * (sae.cfg.type.sae_lens == "jumprelu")
+    assert theirs.cfg.architecture() == f"{kind}{'skip_' * skip}transcoder"
+    assert theirs.cfg.metadata.hook_name == "blocks.1.ln2.hook_out"
+    x = 3 * torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(2)) + 0.5
+    theirs.save_model(tmp_path / "theirs")
+    back = load_pretrained(tmp_path / "theirs", model_name="tiny")
+    for ours in (sae, back):
+        torch.testing.assert_close(ours.encode(x), theirs.encode(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours(x).sae_out, theirs(x), rtol=1e-5, atol=1e-5)
+    assert (back.cfg.site, back.cfg.target_site, back.cfg.skip) == ("mlp_in", "mlp_out", skip)
 
 
 def test_all_heads_concatenated(tmp_path: Path) -> None:
@@ -172,7 +194,7 @@ def test_evaluations(
     assert 0 < scalars["sparsity"]["l0"] < 64 and len(features["feature_density"]) == 64
     assert scalars["model_performance_preservation"]["ce_loss_with_sae"] > 0
 
-    (ours,) = evaluate(HeldOut(model, windows, sae.cfg), [sae])
+    (ours,) = evaluate(HeldOut(model, windows), [sae])
     losses = get_recons_loss(theirs, hooked, ActivationScaler(), windows, True, True, ignore_tokens=[0])
     counted = ordinary_positions(windows, model.tokenizer)[:, :-1]
     for our_name, name in {"ce": "ce_loss_with_sae", "ce_clean": "ce_loss_without_sae"}.items():

@@ -120,12 +120,32 @@ def test_sae_lens_in_training(tmp_path: Path, architecture: str, norm: str, resc
     assert_same_as_sae_lens(load_pretrained(tmp_path / "inference"), theirs, inputs())
 
 
-@pytest.mark.parametrize("architecture", ["gated", "transcoder", "skip_transcoder", "jumprelu_transcoder"])
-def test_sae_lens_refused_by_name(tmp_path: Path, architecture: str) -> None:
-    extra = {"d_out": D, "apply_b_dec_to_input": False} if "transcoder" in architecture else {}
-    cfg = {"architecture": architecture, "d_in": D, "d_sae": F, "metadata": METADATA} | extra
-    sae_lens.registry.get_sae_class(architecture)[0].from_dict(cfg).save_model(tmp_path)
-    with pytest.raises(ValueError, match=f"architecture = '{architecture}'"):
+@pytest.mark.parametrize("d_out", [D, D + 5])
+@pytest.mark.parametrize(
+    "architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"]
+)
+def test_sae_lens_transcoders(tmp_path: Path, architecture: str, d_out: int) -> None:
+    target = {"hook_name_out": "blocks.3.hook_mlp_out"}
+    read = METADATA | {"hook_name": "blocks.3.ln2.hook_normalized"}
+    cfg = {"architecture": architecture, "d_in": D, "d_sae": F, "d_out": d_out, "apply_b_dec_to_input": False}
+    theirs = shaken(sae_lens.registry.get_sae_class(architecture)[0].from_dict(cfg | {"metadata": read | target}))
+    theirs.save_model(tmp_path)
+    ours, x = load_pretrained(tmp_path), inputs()
+    assert ours.cfg.sae_type == ("jumprelu" if "jumprelu" in architecture else "vanilla")
+    assert (ours.cfg.layer, ours.cfg.site, ours.cfg.target_site) == (3, "ln2.hook_normalized", "mlp_out")
+    same(ours.encode(x), theirs.encode(x))
+    same(ours(x).sae_out, theirs(x))
+
+    theirs.cfg.metadata.hook_name_out = None
+    theirs.save_model(tmp_path)
+    with pytest.raises(ValueError, match="does not say hook_name_out"):
+        load_pretrained(tmp_path)
+
+
+def test_sae_lens_refused_by_name(tmp_path: Path) -> None:
+    cfg = {"architecture": "gated", "d_in": D, "d_sae": F, "metadata": METADATA}
+    sae_lens.registry.get_sae_class("gated")[0].from_dict(cfg).save_model(tmp_path)
+    with pytest.raises(ValueError, match="architecture = 'gated'"):
         load_pretrained(tmp_path)
 
 
