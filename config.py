@@ -52,6 +52,7 @@ SITES = {
     "mlp_out": "hook_mlp_out",
     "z": "attn.hook_z",
 }
+_SITE_OF = {hook: site for site, hook in SITES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +199,9 @@ class Config(Run, Optimisation, Dictionary, Stream):
         too_few = f"{batches * rows} rows are less than two of batch_size {self.batch_size}; give at least {least}"
         self._require("num_batches_in_buffer", batches >= least, too_few)
         for field in ("site", "target_site"):
-            site = getattr(self, field) or self.site
+            named = _SITE_OF.get(getattr(self, field), getattr(self, field))
+            object.__setattr__(self, field, named)
+            site = named or self.site
             others = "or a hook of TransformerLens such as mlp.hook_post"
             known = site in SITES or "hook_" in site
             self._require(field, known, f"{near(site, SITES)}give one of {', '.join(SITES)}, {others}")
@@ -206,7 +209,7 @@ class Config(Run, Optimisation, Dictionary, Stream):
             object.__setattr__(self, "layer", self.layer[0])
         if self.target_site == self.site:
             object.__setattr__(self, "target_site", None)
-        of_transcoders = "it needs a target_site other than site"
+        of_transcoders = f"give a target_site that is not {self.site}"
         one_layer = "a transcoder is of one layer; give target_site or several layers"
         self._require("layer", not self.target_site or len(self.layers) == 1, one_layer)
         self._require("skip", not self.skip or self.target_site, of_transcoders)

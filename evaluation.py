@@ -38,8 +38,9 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, sae: BaseAutoencoder, y: Tensor, mean: Tensor, out: SAEOutput) -> "Rows":
-        """Look at them in float64."""
-        return cls(sae, y.double(), out.sae_out.double(), mean, out)
+        """Look at them in float64, and at the hooks of a crosscoder each in its own scale, as its loss does."""
+        unit = sae.hook_scales.double().repeat_interleave(sae.cfg.act_size) if len(sae.cfg.layers) > 1 else 1.0
+        return cls(sae, y.double() / unit, out.sae_out.double() / unit, mean / unit, out)
 
 
 class Predictions(NamedTuple):
@@ -89,7 +90,8 @@ def _per_row(seen: Rows, values: Tensor) -> Tensor:
 
 def mse(seen: Rows) -> Float[Tensor, "row"]:
     """Average the squared error of the output over its width, in the SAE's normalised space."""
-    return (seen.out.latents.y_hats[-1] - seen.sae.target(seen.y)).double().pow(2).mean(dim=1)
+    target = seen.sae.target(seen.y) if len(seen.sae.cfg.layers) == 1 else seen.y
+    return (seen.out.latents.y_hats[-1] - target).double().pow(2).mean(dim=1)
 
 
 def normalised_mse(seen: Rows) -> Float[Tensor, "row"]:
@@ -336,13 +338,15 @@ class HeldOut:
     def predict(
         self, batch: Batch, hooks: Hooks, rows: Float[Tensor, "*row width"] | None = None
     ) -> tuple[Float[Tensor, "prediction vocab"], dict[str, Float[Tensor, "row act_size"]]]:
-        """Predict, with these rows for the activations at the hooks where they are given; return those there were."""
+        """Predict with these rows for the activations at the hooks or, without rows, return the activations too."""
         found: dict[str, Tensor] = {}
         parts = () if rows is None else rows.chunk(len(hooks), dim=-1)
 
         def change(acts: Tensor, hook: str) -> Tensor:
+            if parts:
+                return acts.index_put((batch.reads,), parts[hooks.index(hook)].to(acts))
             found[hook] = acts[batch.reads].float()
-            return acts.index_put((batch.reads,), parts[hooks.index(hook)].to(acts)) if parts else acts
+            return acts
 
         with replacing(self.model, {hook: partial(change, hook=hook) for hook in hooks}):
             logits = logits_at(self.model, batch.tokens, batch.predicts)
@@ -415,6 +419,8 @@ def _tally(held_out: HeldOut, batch: Batch, tallies: list[Tally]) -> None:
 
 def evaluate(held_out: HeldOut, saes: Sequence[BaseAutoencoder]) -> list[dict[str, float]]:
     """Compute each SAE's metrics on held-out text, whichever hooks it reads and writes.
+
+    All hooks that a crosscoder writes are replaced at once: in the residual stream the last decides what is predicted.
 
     Returns for each SAE every metric above by its name, and beside them, in nats per token, the model's cross-entropy
     as it is (ce_clean), with zeros (ce_zero) and with the text's mean (ce_mean) for the activations it reconstructs.

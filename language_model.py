@@ -120,8 +120,12 @@ def check_hooks(model: Model, cfg: Config) -> Config:
         of_tokens = len(found) == 1 and found[0].shape[:2] == tokens.shape and found[0].shape[2] != TRIED_TOKENS**2
         require(of_tokens, f"{said} has no vector for each token at {hook}; give another")
         acts = torch.equal(same, logits) and not torch.equal(other, logits)
-        require(acts, f"{said} does not act through {hook}: replacing it changes nothing, or too much; give another")
+        idle = f"{said} does not act through {hook}: replaced by itself it changes the logits, or by zeros it does not"
+        require(acts, f"{idle}; give another")
         widths[hook] = found[0].shape[2]
+    order = list(record(model, tokens, list(widths)))
+    backwards = f"target_site = {cfg.target_site!r}: comes before {cfg.site} in {cfg.model_name}; exchange them"
+    require(order.index(cfg.reads[0]) <= order.index(cfg.writes[0]), backwards)
     return _with_widths(cfg, widths[cfg.reads[0]], widths[cfg.writes[0]])
 
 

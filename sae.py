@@ -43,6 +43,7 @@ from runtime.checks import require
 
 NORM_EPS = 1e-5
 PROJECTED_ROWS = 1024  # at a time on a CPU: what is multiplied stays in its cache
+TRANSCODER_START = 0.1  # of W_enc: as its decoder rows are random, its first outputs must be small
 AUXK_LEAST_VARIANCE = 1e-6
 AUXK_LATENTS = 2  # times d_out: dead latents that are trained at a time
 THRESHOLD_MEMORY = 0.9  # of BatchTopK's running mean: about the last ten batches
@@ -311,7 +312,7 @@ class BaseAutoencoder(nn.Module):
         is_new = bool(self.input_scale == 0)
         if len(self.cfg.layers) > 1 and is_new:
             of_hooks = _std(rows, mean).unflatten(0, (-1, self.cfg.act_size)).square().mean(dim=1).sqrt()
-            self.hook_scales.copy_(of_hooks / of_hooks.square().mean().sqrt())
+            self.hook_scales.copy_(torch.where(of_hooks > 0, of_hooks / of_hooks.square().mean().sqrt(), 1))
         z = self.normalise(rows)[0]
         self.input_scale.copy_(_std(z, mean).square().mean().sqrt())
         target = z if self.y_is_x else self.target(y)
@@ -320,7 +321,7 @@ class BaseAutoencoder(nn.Module):
         if is_new:
             self.b_dec.copy_(mean(target.mean(dim=0)))
             if not self.y_is_x:
-                self.W_enc *= self.scale / self.input_scale
+                self.W_enc *= TRANSCODER_START * self.units()["W_enc"]
                 self.b_enc.copy_(-mean(z.mean(dim=0)) @ self.W_enc)
             self.begin(z)
 
@@ -347,12 +348,12 @@ class BaseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def units(self) -> dict[str, float]:
-        """Give the unit of each parameter: s where it is one of latents or y, 1 where it is one of directions.
+        """Give the unit of each parameter: s for those of latents or y, 1 for directions, that of y / x between them.
 
         In these units training is the same whatever the activations are multiplied by. Waits for the device.
         """
         scale = float(self.scale)
-        from_x = 1.0 if self.y_is_x else scale / float(self.input_scale)
+        from_x = 1.0 if self.y_is_x else scale / float(torch.where(self.input_scale > 0, self.input_scale, 1))
         others = {"W_enc": from_x, "W_skip": from_x, "W_dec": 1.0}
         return {name: others.get(name, scale) for name, _ in self.named_parameters()}
 

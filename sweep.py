@@ -17,6 +17,7 @@ from runtime import ranks
 from runtime.checks import require
 from runtime.dry_run import describe
 from runtime.preflight import check, check_machine
+from sae import SAE_TYPES
 from training import Stopped, heading, train
 
 
@@ -61,7 +62,7 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
                 on = f", on from step {state['step']:,}" if state else ""
                 print(f"{heading(trained_here)}{on}", flush=True)
                 store = ActivationsStore(_model_of(group[0], held), trained_here, state and state["store"])
-                saes = [new_sae(cfg) for cfg in trained_here]  # `train` places them
+                saes = [SAE_TYPES[cfg.sae_type](cfg) if state else new_sae(cfg) for cfg in trained_here]  # placed later
                 begin_sweep(folder, cfgs)  # the first thing written: all that can be refused was checked before
                 with contextlib.closing(RunLog(folder, trained_here, index, state["step"] if state else 0)) as log:
                     train(saes, store, log, state, should_stop)

@@ -351,8 +351,8 @@ class _Loop:
 def heading(cfgs: list[Config]) -> str:
     """Say of dictionaries that share a stream how many they are, and on which activations."""
     cfg, hooks = cfgs[0], list(dict.fromkeys(hook for c in cfgs for hook in c.widths))
-    where = hooks[0] if len(hooks) == 1 else f"{len(hooks)} hooks"
-    return f"{_number(cfgs)} on {cfg.model_name} {where}, {cfg.num_steps * cfg.batch_size:,} activations"
+    where = f"{cfg.model_name} {hooks[0]}" if len(hooks) == 1 else f"{len(hooks)} hooks of {cfg.model_name}"
+    return f"{_number(cfgs)} on {where}, {cfg.num_steps * cfg.batch_size:,} activations"
 
 
 def _number(saes: list[BaseAutoencoder] | list[Config]) -> str:

@@ -29,8 +29,10 @@ WIDTH, COLUMN_WIDTH = 7.5, 1.875  # inches: two columns of a paper, and the pane
 BINS_PER_DECADE = 3  # of densities: wider than a factor of 2, so that none is empty between once and twice
 LEGEND_LETTERS = 26  # that fit below a panel at 7 points
 SETTINGS = {"target_l0", "l1_coeff"}  # the fields that decide an SAE's L0
+WIDTHS = ("act_size", "target_size")  # which the sites decide
 FORMATS = {  # field -> how a label shows it, if the SAEs of a type differ in it
-    "run": "{}", "model_name": "{}", "layer": "layer {}", "site": "{}", "dict_size": "dict {}", "lr": "lr {:g}",
+    "run": "{}", "model_name": "{}", "layer": "layer {}", "site": "{}", "target_site": "to {}", "dict_size": "dict {}",
+    "lr": "lr {:g}",
     "batch_size": "batch {}", "num_tokens": "{:g} tokens", "input_unit_norm": "norm {}", "seed": "seed {}",
 }  # fmt: skip
 STYLE = {
@@ -147,7 +149,7 @@ def plot_cosines(df: pd.DataFrame, cosines: Sequence[Float[np.ndarray, "latents"
 def plot_kinds(df: pd.DataFrame) -> Figure:
     """Plot explained variance against three measures of sparsity, as no single one is fair to all kinds.
 
-    They are the latents that fire per token; these per hook that is reconstructed, as a crosscoder's stand for several;
+    They are the latents that fire per token; the same per reconstructed hook, as a crosscoder's latents serve several;
     and the parameters in use: encoder and decoder rows of the latents that fire, and a skip connection. Colours are
     types, markers kinds. Raises ValueError when no row has an evaluation.
     """
@@ -158,7 +160,7 @@ def plot_kinds(df: pd.DataFrame) -> Figure:
     sparsity = {
         "L0": df["l0"],
         "L0 per reconstructed hook": df["l0"] / hooks,
-        "Parameters in use": df["l0"] * (d_in + d_out) + df["skip"] * d_in * d_out,
+        "Parameters in use": df["l0"] * (d_in + d_out) + df["skip"].eq(True) * d_in * d_out,
     }
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     kinds = kinds_of(df)
@@ -182,7 +184,7 @@ def plot_kinds(df: pd.DataFrame) -> Figure:
 def plot_layers(df: pd.DataFrame, norms: Sequence[Float[np.ndarray, "dict_size layers"]]) -> Figure:
     """Show in which layers each latent of a crosscoder is decoded: an image for each, its latents from early to late.
 
-    norms: one array for each row of the table, from latents.norms_by_layer. Raises ValueError when there is not.
+    norms: one array for each row of the table, from latents.norms_by_layer. Raises ValueError when they are not as many.
     """
     _check_one_each(df, norms)
     figure = Figure(figsize=(WIDTH, 0.5 + 1.2 * len(df)), layout="constrained")
@@ -252,7 +254,7 @@ def kinds_of(df: pd.DataFrame) -> list[str]:
     """Name the kind of each row, as Config.kind does."""
     known = df[[field for field in ("layer", "site", "target_site", "skip") if field in df]]
     fields = known.astype(object).where(known.notna(), None).to_dict("records")
-    return [Config(**of_row).kind for of_row in fields]
+    return [Config(**{field: value for field, value in of_row.items() if value is not None}).kind for of_row in fields]
 
 
 # ---- the style ----
@@ -286,7 +288,7 @@ def _dashes(df: pd.DataFrame) -> dict[int, str]:
 
 def _told_apart(df: pd.DataFrame, but: Sequence[str]) -> list[str]:
     """List the columns, except `but`, that tell apart SAEs of one type and setting."""
-    return [f for f in ("run", *RESULT_FIELDS) if f in df and f not in ("sae_type", *SETTINGS, *but)]
+    return [f for f in ("run", *RESULT_FIELDS) if f in df and f not in ("sae_type", *SETTINGS, *WIDTHS, *but)]
 
 
 def row_labels(df: pd.DataFrame, but: Sequence[str] = ()) -> list[str]:
@@ -302,6 +304,7 @@ def row_labels(df: pd.DataFrame, but: Sequence[str] = ()) -> list[str]:
 
 def _told(field: str, value: object) -> str:
     is_default = value is None or value != value  # NaN in a column of numbers
+    value = ",".join(map(str, value)) if field == "layer" and isinstance(value, tuple) else value
     return f"{field} default" if is_default else FORMATS.get(field, f"{field} {{}}").format(value)
 
 

@@ -68,8 +68,13 @@ def splice(
         require(name not in by_hook, f"saes: two of them read {name}; give one per hook")
         for hook in (*sae.cfg.reads, *sae.cfg.writes):
             require(hook in model.hook_dict, f"saes: the model has no hook {hook}; give an SAE that was trained on it")
-        require(len(sae.cfg.layers) == 1, f"saes: {kind} of layers {sae.cfg.layer}: a crosscoder cannot be spliced")
+        require(
+            len(sae.cfg.layers) == 1,
+            f"saes: {kind} of layers {sae.cfg.layer}: a crosscoder cannot be spliced",
+        )
         by_hook[name] = sae
+    targets = [sae.cfg.writes[0] for sae in saes]
+    require(len({*targets}) == len(targets), "saes: two of them write the same hook; give one per hook")
     factors, shifts = _beside(by_hook, "scale", scale, 1.0), _beside(by_hook, "add", add, 0.0)
     latents: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}  # by the hook where they go, until the forward pass is there

@@ -91,10 +91,10 @@ def _table(title: str, values: dict[str, str]) -> str:
 
 def _public(cfg: Config) -> Config:
     """Keep only the last name of a local model and of local texts, and nothing else of this machine."""
-    names = {field: getattr(cfg, field) for field in ("model_name", "dataset_path")}
+    names = {field: getattr(cfg, field) or "" for field in ("model_name", "dataset_path", "init_from")}
     local = {
         field: Path(os.path.abspath(os.path.expanduser(name))).name or "root"
         for field, name in names.items()
-        if name.startswith(("/", "~", ".")) or glob.has_magic(name) or Path(name).exists()
+        if name and (name.startswith(("/", "~", ".")) or glob.has_magic(name) or Path(name).exists())
     }
     return replace(cfg, output_dir=Config.output_dir, device=Config.device, **local)

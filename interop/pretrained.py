@@ -76,6 +76,8 @@ def load_pretrained(
     held = {path.name for path in folder.glob("*")}
     if {CFG, WEIGHTS} <= held and "nn_decompositions" in read_json(folder / CFG):
         sae = load_checkpoint(folder, device)
+        several = f"hook_name = {hook_name!r}: {source} is a crosscoder, of several hooks; leave it out"
+        require(not hook_name or len(sae.cfg.layers) == 1, several)
         place = _layer_and_site(hook_name) if hook_name else {}
         sae.cfg = replace(sae.cfg, model_name=model_name or sae.cfg.model_name, **place)
         return sae
@@ -93,6 +95,11 @@ def load_pretrained(
         unsaid = f"{source}: does not say its {field}; give load_pretrained(..., {field}=...)"
         require(isinstance(fields[field], str), unsaid)
     fields |= _layer_and_site(fields.pop("hook_name"))
+    if "target" in fields:
+        written = _layer_and_site(target := fields.pop("target"))
+        elsewhere = f"{source}: reads layer {fields['layer']} and writes {target}; one layer alone is opened here"
+        require(written["layer"] == fields["layer"], elsewhere)
+        fields["target_site"] = written["site"]
     unused = unused_by(fields["sae_type"]) | (
         {"target_l0"} if "l1_coeff" in TYPES[fields["sae_type"]].fields else set()
     )
@@ -113,7 +120,8 @@ def load_pretrained(
 def new_sae(cfg: Config) -> BaseAutoencoder:
     """Build the dictionary of a Config that is to be trained, from the weights of cfg.init_from where it is given.
 
-    The scale of the activations is measured anew, no latent is dead, and what only the other's type has is left out.
+    The scale of the activations is measured anew (but not a crosscoder's share of each hook), no latent is dead, and
+    what only the other's type has is left out.
     Raises ValueError when there is no such dictionary, or its parameters do not fit.
     """
     sae = SAE_TYPES[cfg.sae_type](cfg)
@@ -196,7 +204,7 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         target = metadata.get("hook_name_out")
         unsaid = f"{file}: does not say hook_name_out, the hook that it reconstructs; add it to its metadata"
         require(isinstance(target, str), unsaid)
-        return fields | {"target_site": _layer_and_site(target)["site"], "skip": skip}, tensors
+        return fields | {"target": target, "skip": skip}, tensors
     return fields, _folded(tensors, scale, in_norms, subtracted)
 
 
@@ -280,10 +288,9 @@ def _folded(
 
 
 def _layer_and_site(hook_name: str) -> dict[str, Any]:
-    sites = {hook: site for site, hook in SITES.items()}
     match = re.fullmatch(r"blocks\.([0-9]{1,4})\.(.+)", hook_name)
     require(match, f"hook_name = {hook_name!r}: no hook of a block; give one such as blocks.8.hook_resid_pre")
-    return {"layer": int(match[1]), "site": sites.get(match[2], match[2])}
+    return {"layer": int(match[1]), "site": match[2]}
 
 
 # ---- files, which anybody may have written ----

@@ -60,8 +60,9 @@ def _size(cfgs: list[Config], is_known: bool) -> Iterator[str]:
     cfg, device = cfgs[0], cfgs[0].torch_device
     hooks = {hook: width for c in cfgs for hook, width in c.widths.items()}
     if not all(hooks.values()):
+        size = " and --target-size" if cfg.target_site else ""
         why = "the width of a hook without a name of ours" if is_known else f"{cfg.model_name} is not on this disk"
-        yield from _wrapped("parameters", f"unknown: {why}; give --act-size, --target-size (they change the names)")
+        yield from _wrapped("parameters", f"unknown: {why}; give --act-size{size}, and the names are the run's")
         return
     logits, number = 0, getattr(torch, cfg.dtype).itemsize
     with torch.device("meta"):

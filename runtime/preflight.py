@@ -16,7 +16,7 @@ from text import token_windows
 
 
 def check(cfgs: list[Config], folder: Path) -> list[Config]:
-    """Fill in act_size, after what can be known about machine, model and text without the weights.
+    """Fill in the widths of named sites, after what can be known about machine, model and text without the weights.
 
     Raises ValueError or OSError when there is no such model or text, they do not fit, or nothing can be written.
     """

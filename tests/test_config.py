@@ -220,8 +220,8 @@ def test_bad_values_are_refused_in_one_line(field: str, value: object, remedy: s
 
 
 @pytest.mark.parametrize("fields, message", [
-    (dict(skip=True), "skip = True: it needs a target_site other than site"),
-    (dict(target_size=8, target_site="resid_pre"), "target_size = 8: it needs a target_site other than site"),
+    (dict(skip=True), "skip = True: give a target_site that is not resid_pre"),
+    (dict(target_size=8, target_site="resid_pre"), "target_size = 8: give a target_site that is not resid_pre"),
     (dict(layer=(0, 1), target_site="mlp_out"), "layer = (0, 1): a transcoder is of one layer; give target_site"),
     (dict(layer=(0, 1), input_unit_norm=True), "input_unit_norm = True: it is for an SAE of one layer"),
     (dict(target_site="mlp_out", input_unit_norm=True), "input_unit_norm = True: it is for an SAE of one layer"),

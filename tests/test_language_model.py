@@ -277,9 +277,15 @@ def test_any_hook_of_a_block_is_a_site_and_its_width_is_found(
 ) -> None:
     cfg = Config(model_name=str(tiny_gpt2), layer=1, site=site, device="cpu")
     assert check_hooks(model, cfg) == replace(cfg, act_size=width)
-    cfg = Config(model_name=str(tiny_gpt2), layer=1, site="mlp_in", target_site=site, device="cpu")
+    cfg = Config(model_name=str(tiny_gpt2), layer=1, site="resid_pre", target_site=site, device="cpu")
     found = check_hooks(model, cfg)
-    assert (found.d_in, found.d_out, found.target_size) == ((16, 16, None) if site == "mlp_in" else (16, width, width))
+    assert (found.d_in, found.d_out, found.target_size) == (16, width, width)
+
+
+def test_a_target_that_comes_first_is_refused(model: TransformerBridge, tiny_gpt2: Path) -> None:
+    cfg = Config(model_name=str(tiny_gpt2), layer=1, site="mlp_out", target_site="mlp_in", device="cpu")
+    with pytest.raises(ValueError, match=r"^target_site = 'mlp_in': comes before mlp_out in .*; exchange them$"):
+        check_hooks(model, cfg)
 
 
 @pytest.mark.parametrize("site, why", [
