@@ -59,7 +59,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Bas
     folder is not a whole checkpoint of ours, exactly as it was saved, or its numbers are not finite.
     """
     path = Path(path)
-    missing = f"{path / CFG}: no such file; give the folder of a checkpoint, such as runs/<sweep>/<name>/step-000195"
+    missing = f"{path / CFG}: no such file; give the folder of a checkpoint, such as runs/<sweep>/<name>/step-000146"
     require((path / CFG).is_file(), missing)
     saved = read_json(path / CFG)
     ours = isinstance(saved.get("nn_decompositions"), dict)

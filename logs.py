@@ -7,7 +7,7 @@ runs/<sweep>/                  one folder a sweep; W&B's offline files lie in it
         config.json            Config.to_dict()
         wandb_id               the id of its W&B run
         metrics.jsonl          {"step", "tokens", "train/..."} on log steps, {..., "eval/..."} on evaluations
-        step-000195/           a checkpoint, which SAELens' `SAE.load_from_disk` opens as it is
+        step-000146/           a checkpoint, which SAELens' `SAE.load_from_disk` opens as it is
 """
 
 import json

@@ -1,6 +1,6 @@
 """Measure the dashboard of an SAE: seconds to make it, memory, size, and milliseconds until a browser shows it.
 
-    python benchmarks/dashboard.py runs/<sweep>/<name>/step-000195
+    python benchmarks/dashboard.py runs/<sweep>/<name>/step-000146
 
 Each run is the whole command, `python results.py dashboard`, in its own process. First paint is the first contentful
 paint of the file in headless Chromium, after an empty page. This needs Debian's chromium and chromium-driver, and

@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_checkpoint(sae, folder / "step-000001")
     (folder / "config.json").write_text(json.dumps(sae.cfg.to_dict()))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": 2048, "eval/l0": 8.0}) + "\n")
-    save_checkpoint(sae, tmp_path / "runs" / "<sweep>" / "<name>" / "step-000195")
+    save_checkpoint(sae, tmp_path / "runs" / "<sweep>" / "<name>" / "step-000146")
     (tmp_path / "my.yaml").write_text("target_l0: [16, 32]")
     monkeypatch.chdir(tmp_path)
     return tmp_path
