@@ -168,8 +168,9 @@ def plot_kinds(df: pd.DataFrame) -> Figure:
     for axes, (label, x) in zip(figure.subplots(1, 3, sharey=True), sparsity.items()):
         for sae_type, kind, at, value in zip(df["sae_type"], kinds, x, df["explained_variance"]):
             axes.plot(at, value, color=TYPES[sae_type].colour, marker=markers[kind], markersize=5)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set(major_formatter=EngFormatter(sep=""), minor_locator=NullLocator())
+        axes.set_xscale("log")
+        ticks = LogLocator(subs=(1, 2, 5), numticks=9)
+        axes.xaxis.set(major_locator=ticks, major_formatter=EngFormatter(sep=""), minor_locator=NullLocator())
         axes.set_xlabel(label)
         axes.tick_params(**TICKS)
     figure.axes[0].set_ylabel("Explained variance")
@@ -184,7 +185,7 @@ def plot_kinds(df: pd.DataFrame) -> Figure:
 def plot_layers(df: pd.DataFrame, norms: Sequence[Float[np.ndarray, "dict_size layers"]]) -> Figure:
     """Show in which layers each latent of a crosscoder is decoded: an image for each, its latents from early to late.
 
-    norms: one array for each row of the table, from latents.norms_by_layer. Raises ValueError when they are not as many.
+    norms: one array for each row of the table, from latents.norms_by_layer. Raises ValueError when there are fewer.
     """
     _check_one_each(df, norms)
     figure = Figure(figsize=(WIDTH, 0.5 + 1.2 * len(df)), layout="constrained")
