@@ -273,7 +273,7 @@ Hooks = tuple[str, ...]
 
 
 class OfHooks(NamedTuple):
-    """What is known of some hooks on a text.
+    """Hold what is known of some hooks on a text.
 
     sums: the number of each window's rows and predictions, and over the latter the model's cross-entropy as it is
     (ce_clean), and with zeros (ce_zero) or the text's mean (ce_mean) for the activations at all of these hooks.
@@ -284,7 +284,7 @@ class OfHooks(NamedTuple):
 
 
 class HeldOut:
-    """Text to evaluate SAEs on, with what is the same at every evaluation.
+    """Hold the text that SAEs are evaluated on, and what is the same at every evaluation.
 
     tokens [window, pos] on any device, which no training text should hold. Special positions (BOS, EOS, padding) are
     neither replaced nor measured, nor is what the model predicts there. Processes that share batches share the windows

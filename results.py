@@ -167,15 +167,10 @@ def report(source: str) -> None:
     df.to_csv(folder / "results.csv", index=False)
     print(f"table        {folder / 'results.csv'}")
     if saved := df["checkpoint"].notna().sum():
-        from analysis.latents import (
-            nearest_cosines_of,
-            norms_by_layer_of,
-        )  # late, with torch: the table is there at once
+        from analysis.latents import of_checkpoint  # late, with torch: the table alone is there at once
 
         print(f"checkpoints  {folder}/**/step-*  ({saved})")
-        cosines = [path and nearest_cosines_of(path) for path in df["checkpoint"]]
-        several = [isinstance(layer, tuple) for layer in df["layer"]]
-        norms = [norms_by_layer_of(path) if path and s else None for path, s in zip(df["checkpoint"], several)]
+        cosines, norms = zip(*(of_checkpoint(path) if path else (None, None) for path in df["checkpoint"]))
     if any(folder.glob("wandb/offline-run-*")):
         print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
     for figure in save_figures(df, folder, history, cosines, norms)[::2]:

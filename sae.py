@@ -233,7 +233,7 @@ class BaseAutoencoder(nn.Module):
 
     @property
     def _centre(self) -> Tensor | None:
-        """What is subtracted from z before it is encoded: b_dec, if that lies in the same space."""
+        """Return what is subtracted from z before it is encoded: b_dec if y is x, otherwise nothing."""
         return self.b_dec if self.y_is_x else None
 
     def _centred(self, z: Tensor) -> Tensor:

@@ -53,9 +53,8 @@ class Trainer:
     def __init__(self, sae: BaseAutoencoder) -> None:
         self.sae, self.cfg = sae.train(), sae.cfg
         sae.fold_decoder_norms()
-        weights = () if sparse.on_gpu(sae.W_dec) else ("W_enc", "W_dec")
-        by_latent = {"W_enc": sae.W_enc.detach().t(), "W_dec": sae.W_dec.detach()}
-        memory = GradientMemory(**{name: torch.empty_like(by_latent[name]) for name in weights})
+        by_latent = {} if sparse.on_gpu(sae.W_dec) else {"W_enc": sae.W_enc.detach().t(), "W_dec": sae.W_dec.detach()}
+        memory = GradientMemory(**{name: torch.empty_like(weight) for name, weight in by_latent.items()})
         sae.lent = Lent(ranks.count(), ranks.mean, ranks.either, self._num_dead, memory, unit_rows=True)
         # Fused Adam is five times slower on W_enc as it lies, latent by latent: it is given the transposed view.
         self.views = [p.detach() if p.is_contiguous() else p.detach().t() for p in sae.parameters()]

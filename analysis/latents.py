@@ -61,14 +61,14 @@ def nearest_cosines(W_dec: Float[Tensor, "dict_size act_size"], at_most: int = 4
     return nearest_latents(W_dec, spaced.round().long(), 1)[1].flatten()
 
 
-def norms_by_layer_of(checkpoint: str) -> Float[np.ndarray, "dict_size layers"]:
-    """Compute the norms by layer of a saved crosscoder. Raises ValueError when it is damaged."""
-    return norms_by_layer(load_checkpoint(checkpoint)).numpy()
+def of_checkpoint(path: str) -> tuple[Float[np.ndarray, "latents"], Float[np.ndarray, "dict_size layers"] | None]:
+    """Compute the nearest cosines of a saved dictionary and, if it is a crosscoder, its norms by layer.
 
-
-def nearest_cosines_of(checkpoint: str) -> Float[np.ndarray, "latents"]:
-    """Compute the nearest cosines of a saved dictionary. Raises ValueError when it is damaged."""
-    return nearest_cosines(load_checkpoint(checkpoint).W_dec).numpy()
+    Raises ValueError when it is damaged.
+    """
+    sae = load_checkpoint(path)
+    norms = norms_by_layer(sae).numpy() if len(sae.cfg.layers) > 1 else None
+    return nearest_cosines(sae.W_dec).numpy(), norms
 
 
 @torch.no_grad()
