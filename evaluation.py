@@ -23,6 +23,7 @@ from runtime import ranks
 from runtime.checks import require
 from sae import BaseAutoencoder, SAEOutput
 
+ROWS = 4096  # of recorded activations at a time
 MAX_LOGITS, MAX_LOGITS_ON_GPU = 1 << 22, 1 << 26  # in one forward pass; fresh memory costs a CPU page faults
 DENSE = 0.1  # a latent that fires on a larger share of the rows
 
@@ -223,8 +224,9 @@ OF_FIRING = (dead_share, silent_share, dense_share, l0_p5, l0_median, l0_p95)
 def averages(sums: Mapping[str, Float[Tensor, "*resample"]]) -> dict[str, Float[Tensor, "*resample"]]:
     """Make the metrics of rows and predictions from their sums over all windows of a text, or over some."""
     of_rows = {metric.__name__ for metric in OF_ROWS}
-    means = {name: total / sums["_rows" if name in of_rows else "_predictions"] for name, total in sums.items()}
-    return _with_derived(means, DERIVED)
+    summed = [name for name in sums if name not in ("_rows", "_predictions")]
+    means = {name: sums[name] / sums["_rows" if name in of_rows else "_predictions"] for name in summed}
+    return _with_derived(means, DERIVED if "ce" in means else DERIVED_OF_ROWS)
 
 
 def _with_derived(
@@ -352,6 +354,46 @@ class HeldOut:
             logits = logits_at(self.model, batch.tokens, batch.predicts)
         return logits.float(), found
 
+    def add(self, batch: Batch, tallies: list["Tally"]) -> None:
+        """Add a batch to what is known of SAEs that read the same hooks and write the same."""
+        cfg = tallies[0].sae.cfg
+        with computing_once(self.model, cfg.layers[0]):
+            logits, acts = self.predict(batch, tuple({*cfg.reads, *cfg.writes}))
+            clean = Predictions.of(batch.targets, logits)
+            x, y = side_by_side(acts, cfg.reads), side_by_side(acts, cfg.writes)
+            for found in tallies:
+                y_hat = found.add_rows(x, y, batch.windows, batch.reads)
+                logits, _ = self.predict(batch, cfg.writes, y_hat)
+                found.add(Predictions.of(batch.targets, logits, clean), batch.windows, batch.predicts)
+
+
+class HeldOutRows:
+    """Hold recorded activations that dictionaries are evaluated on where there is no language model.
+
+    rows: by hook. There are metrics of rows and of how often latents fire, none of predictions. A row is a window of
+    its own. Processes that share batches share the rows too.
+    """
+
+    def __init__(self, rows: Mapping[str, Float[Tensor, "row act_size"]]) -> None:
+        self.rows = {hook: acts[ranks.rank() :: ranks.count()] for hook, acts in rows.items()}
+        self.count = len(next(iter(self.rows.values())))
+        self.batches = [slice(start, min(start + ROWS, self.count)) for start in range(0, self.count, ROWS)]
+
+    def of(self, cfg: Config) -> OfHooks:
+        """Look up what is known of the hooks that a dictionary writes."""
+        y = side_by_side(self.rows, cfg.writes)
+        ones = torch.ones(self.count, dtype=torch.float64, device=y.device)
+        total, rows = y.double().sum(dim=0), ones.sum()
+        ranks.add_([total, rows])
+        return OfHooks(total / rows, {"_rows": ones})
+
+    def add(self, batch: slice, tallies: list["Tally"]) -> None:
+        """Add a batch to what is known of SAEs that read the same hooks and write the same."""
+        cfg = tallies[0].sae.cfg
+        x, y = (side_by_side(self.rows, hooks)[batch].float() for hooks in (cfg.reads, cfg.writes))
+        for found in tallies:
+            found.add_rows(x, y, batch, torch.ones(len(x), 1, dtype=torch.bool, device=x.device))
+
 
 def by_window(values: Float[Tensor, "position"], where: Bool[Tensor, "window pos"]) -> Float[Tensor, "window"]:
     """Sum what was found at some positions, in float64 and in an order that no batch changes."""
@@ -361,11 +403,25 @@ def by_window(values: Float[Tensor, "position"], where: Bool[Tensor, "window pos
 class Tally:
     """What an SAE's metrics on a text are made of: sums over each window, and how often its latents fire."""
 
-    def __init__(self, sae: BaseAutoencoder, held_out: HeldOut) -> None:
+    def __init__(self, sae: BaseAutoencoder, held_out: HeldOut | HeldOutRows) -> None:
         known, F = held_out.of(sae.cfg), sae.cfg.dict_size
         self.sae, self.mean, like = sae, known.mean, known.sums["_rows"]
-        self.sums = known.sums | {m.__name__: torch.zeros_like(like) for m in (*OF_ROWS, *OF_PREDICTIONS)}
+        metrics = (*OF_ROWS, *(OF_PREDICTIONS if "_predictions" in known.sums else ()))
+        self.sums = known.sums | {metric.__name__: torch.zeros_like(like) for metric in metrics}
         self.fired, self.rows_by_l0 = like.new_zeros(F), like.new_zeros(F + 1)
+
+    def add_rows(
+        self,
+        x: Float[Tensor, "row d_in"],
+        y: Float[Tensor, "row d_out"],
+        windows: slice,
+        where: Bool[Tensor, "window pos"],
+    ) -> Float[Tensor, "row d_out"]:
+        """Take in the metrics of these windows' rows; returns their reconstructions."""
+        x, y, mean = (acts.to(self.sae.W_dec.device) for acts in (x, y, self.mean))
+        out = self.sae(x, y)
+        self.add(Rows.of(self.sae, y, mean, out), windows, where)
+        return out.sae_out
 
     def add(self, seen: Rows | Predictions, windows: slice, where: Bool[Tensor, "window pos"]) -> None:
         """Take in the metrics of these windows' rows or predictions."""
@@ -388,9 +444,9 @@ class Tally:
 
 @torch.no_grad()
 def tally(
-    held_out: HeldOut, saes: Sequence[BaseAutoencoder], progress: Callable[[list[Batch]], Iterable[Batch]] = iter
+    held_out: HeldOut | HeldOutRows, saes: Sequence[BaseAutoencoder], progress: Callable[[list], Iterable] = iter
 ) -> list[Tally]:
-    """Sum the metrics of SAEs on a held-out text; `progress` may wrap its batches, as tqdm does."""
+    """Sum the metrics of SAEs on what is held out; `progress` may wrap its batches, as tqdm does."""
     tallies = [Tally(sae, held_out) for sae in saes]
     alike: dict[tuple[Hooks, Hooks], list[Tally]] = {}
     for found in tallies:
@@ -398,32 +454,18 @@ def tally(
     with evaluation_mode(*saes):
         for batch in progress(held_out.batches):
             for of_hooks in alike.values():
-                _tally(held_out, batch, of_hooks)
+                held_out.add(batch, of_hooks)
     return tallies
 
 
-def _tally(held_out: HeldOut, batch: Batch, tallies: list[Tally]) -> None:
-    """Add a batch to what is known of SAEs that read the same hooks and write the same."""
-    cfg = tallies[0].sae.cfg
-    with computing_once(held_out.model, cfg.layers[0]):
-        logits, acts = held_out.predict(batch, tuple({*cfg.reads, *cfg.writes}))
-        clean = Predictions.of(batch.targets, logits)
-        x, y = side_by_side(acts, cfg.reads), side_by_side(acts, cfg.writes)
-        for found in tallies:
-            here, target, mean = (t.to(found.sae.W_dec.device) for t in (x, y, found.mean))
-            out = found.sae(here, target)
-            found.add(Rows.of(found.sae, target, mean, out), batch.windows, batch.reads)
-            logits, _ = held_out.predict(batch, cfg.writes, out.sae_out)
-            found.add(Predictions.of(batch.targets, logits, clean), batch.windows, batch.predicts)
-
-
-def evaluate(held_out: HeldOut, saes: Sequence[BaseAutoencoder]) -> list[dict[str, float]]:
+def evaluate(held_out: HeldOut | HeldOutRows, saes: Sequence[BaseAutoencoder]) -> list[dict[str, float]]:
     """Compute each SAE's metrics on held-out text, whichever hooks it reads and writes.
 
     All hooks that a crosscoder writes are replaced at once: in the residual stream the last decides what is predicted.
 
     Returns for each SAE every metric above by its name, and beside them, in nats per token, the model's cross-entropy
     as it is (ce_clean), with zeros (ce_zero) and with the text's mean (ce_mean) for the activations it reconstructs.
+    Of recorded rows there are no metrics of predictions.
     Processes that share the text must all call this, and all get the metrics of the whole.
     """
     return [found.metrics() for found in tally(held_out, saes)]

@@ -4,6 +4,7 @@
     z     = (x - mean) / (std + 1e-5) per token if input_unit_norm, else x        std unbiased
             x with each hook's part divided by its share of the scale, if there are several hooks; y likewise
     s     = sqrt(mean over batch and d_out of (y - mean(y))^2), of the first batch (of z, if y is x)
+    v     = the variance of each row of y over d_out, at least s^2 / 10;  s^2 if y is not x, and in VanillaSAE
     pre   = (z - b_dec) W_enc + b_enc;   z W_enc + b_enc if y is not x
     f     = VanillaSAE     relu(pre)
             TopKSAE        relu of the k largest of each row
@@ -11,7 +12,7 @@
             JumpReLUSAE    pre * [pre > threshold_j]
             MatryoshkaSAE  as BatchTopKSAE
     y_hat = f W_dec + b_dec (+ z W_skip);   sae_out = y_hat * std + mean
-    loss  = mean over batch and d_out of (y_hat - y)^2 / s^2
+    loss  = mean over batch and d_out of (y_hat - y)^2 / v
             + Vanilla      c * mean over batch of sum_j f_j ||W_dec_j|| / s
             + JumpReLU     10 (L0 / target_l0 - 1)^2         L0 = mean over batch of sum_j [pre_j > threshold_j]
             + all others   aux_penalty * AuxK, JumpReLU too
@@ -44,6 +45,7 @@ from runtime.checks import require
 NORM_EPS = 1e-5
 PROJECTED_ROWS = 1024  # at a time on a CPU: what is multiplied stays in its cache
 TRANSCODER_START = 0.1  # of W_enc: as its decoder rows are random, its first outputs must be small
+LEAST_VARIANCE = 0.1  # of a row, in units of s^2: rows near a constant would outweigh all others
 AUXK_LEAST_VARIANCE = 1e-6
 AUXK_LATENTS = 2  # times d_out: dead latents that are trained at a time
 THRESHOLD_MEMORY = 0.9  # of BatchTopK's running mean: about the last ten batches
@@ -153,7 +155,18 @@ class BaseAutoencoder(nn.Module):
         self, z: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], code: SparseLatents
     ) -> dict[str, Float[Tensor, ""]]:
         """Name the loss terms, weighted: first how far the reconstructions are from y, then what a type adds."""
-        return {"mse": (code.y_hats - y).pow(2).mean() / self.scale.square()}
+        return {"mse": ((code.y_hats - y).pow(2).mean(dim=2) / self.variance(y)).mean()}
+
+    @torch.no_grad()
+    def variance(self, y: Float[Tensor, "batch d_out"]) -> Float[Tensor, "*batch"]:
+        """Give the unit of each row's squared error: its own variance, so that short rows count as much as long ones.
+
+        This recovers more of known features than one unit for all rows (benchmarks/ground_truth.py). A transcoder has
+        one unit: the rows in which its target is large explain most of what it does.
+        """
+        if not self.y_is_x:
+            return self.scale.square()
+        return y.var(dim=1, correction=0).clamp_min(LEAST_VARIANCE * self.scale.square())
 
     def reconstruct(self, code: SparseLatents, W_dec: Tensor) -> Float[Tensor, "nested batch d_out"]:
         """Decode the latents into the reconstructions that are compared with y, the output last."""
@@ -432,6 +445,10 @@ class VanillaSAE(PenalisedAutoencoder):
 
     def activate(self, code: SparseLatents) -> Tensor:
         return torch.relu(code.pre)
+
+    def variance(self, y: Tensor) -> Tensor:
+        """Measure the error of all rows in one unit, as the L1 norm is: in units of their own it recovers less."""
+        return self.scale.square()
 
     def losses(self, z: Tensor, y: Tensor, code: SparseLatents) -> dict[str, Tensor]:
         weighted = code.acts if self.lent.unit_rows else code.acts * code.beside(self.W_dec.norm(dim=1))

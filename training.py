@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from activation_store import ActivationsStore
+from activation_store import Store
 from config import Config
-from evaluation import HeldOut, evaluate, training_metrics
+from evaluation import evaluate, training_metrics
 from kernels import sparse
 from kernels.sparse import GradientMemory
 from language_model import side_by_side
@@ -166,7 +166,7 @@ class Trainer:
 
 def train(
     saes: list[BaseAutoencoder],
-    store: ActivationsStore,
+    store: Store,
     log: RunLog | None = None,
     state: dict[str, Any] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -204,11 +204,11 @@ class _Loop:
     """One call of `train`: the steps, and what is done between them."""
 
     def __init__(
-        self, trainers: list[Trainer], store: ActivationsStore, log: RunLog | None, should_stop: Callable[[], bool]
+        self, trainers: list[Trainer], store: Store, log: RunLog | None, should_stop: Callable[[], bool]
     ) -> None:
         self.trainers, self.store, self.log, self.should_stop = trainers, store, log, should_stop
         self.cfg, self.saes = store.cfg, [trainer.sae for trainer in trainers]
-        self.held_out = HeldOut(store.model, store.held_out_tokens())
+        self.held_out = store.held_out()
         self.results: list[dict[str, float]] = []
         self.next_save = time.perf_counter() + FIRST_SAVE_SECONDS
 

@@ -59,11 +59,12 @@ def reference(
     sae_out = y_hat * std + mean
 
     target = z if y is None else y
-    losses = {"mse": ((y_hat - target) ** 2).sum() / target.numel() / scale**2}
+    variance = unit_of_rows(target.detach(), scale, one_unit=sae_type == "vanilla" or y is not None)
+    losses = {"mse": ((y_hat - target) ** 2 / variance).sum() / target.numel()}
     if sae_type == "matryoshka":
         nested = [f[:, :width] @ p["W_dec"][:width] + p["b_dec"] + skip for width in widths]
-        of_all = sum(((found - target) ** 2).sum() for found in nested)
-        losses = {"mse": of_all / target.numel() / len(nested) / scale**2}
+        of_all = sum(((found - target) ** 2 / variance).sum() for found in nested)
+        losses = {"mse": of_all / target.numel() / len(nested)}
     if sae_type == "vanilla":
         c = l1_coeff
         if c is None:
@@ -95,6 +96,15 @@ def normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (x - mean) / (std + 1e-5), std, mean
 
 
+def unit_of_rows(target: Tensor, scale: float, one_unit: bool) -> Tensor:
+    """What the squared error of each row is divided by [B, 1]."""
+    if one_unit:
+        return torch.full_like(target[:, :1], scale**2)
+    mean = target.sum(dim=1, keepdim=True) / target.shape[1]
+    variance = ((target - mean) ** 2).sum(dim=1, keepdim=True) / target.shape[1]
+    return torch.where(variance < scale**2 / 10, scale**2 / 10, variance)
+
+
 def largest(numbers: Tensor, count: int) -> Tensor:
     """1 at the `count` largest of all numbers (which must differ), 0 elsewhere."""
     smallest_kept = numbers.detach().flatten().sort(descending=True).values[count - 1]
@@ -121,7 +131,8 @@ def jumprelu_gradients(
     fires = (pre > threshold).double()
     window = ((pre - threshold).abs() < eps / 2).double()
     f = pre * fires
-    g = 2 * (f @ W_dec + b_dec + z @ W_skip - target) / (B * O) / scale**2  # d mse / d y_hat [B, O]
+    variance = unit_of_rows(target, scale, one_unit=y is not None)
+    g = 2 * (f @ W_dec + b_dec + z @ W_skip - target) / (B * O) / variance  # d mse / d y_hat [B, O]
     df = g @ W_dec.T  # [B, F]
     dpre = df * fires
     dcentred = dpre @ W_enc.T  # [B, D]

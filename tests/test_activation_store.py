@@ -419,7 +419,7 @@ def test_a_store_made_with_a_state_serves_what_the_other_would_have(
     for _ in range(60):
         served.append(next_rows(store))
         states.append(store.state)
-    assert states[0]["text"]["epoch"] == 0 and states[-1]["text"]["epoch"] >= 1
+    assert states[0]["position"]["epoch"] == 0 and states[-1]["position"]["epoch"] >= 1
     for at in (0, 1, 2, 7, 23, 40):
         save_state(states[at], tmp_path / "state.safetensors")
         again = ActivationsStore(lm, [cfg], load_state(tmp_path / "state.safetensors"))

@@ -264,7 +264,7 @@ def test_two_decodings_and_two_backward_passes_share_gradient_memory(dead: list[
         pre = (x - b_dec) @ W_enc + b_enc
         acts = torch.relu(pre) * torch.stack([largest(row, sae.cfg.target_l0) for row in pre])
         y_hats = torch.stack([acts / 2, acts]) @ W_dec + b_dec
-        loss = (y_hats - x).pow(2).mean() / 1.7**2
+        loss = ((y_hats - x).pow(2).mean(dim=2) / x.var(dim=1, correction=0).clamp(min=1.7**2 / 10)).mean()
         if dead:
             loss = loss + auxk(pre[:, dead], W_dec[dead], (x - y_hats[1]).detach(), sae.cfg.top_k_aux) / 32
         loss.backward()
@@ -275,8 +275,11 @@ def test_two_decodings_and_two_backward_passes_share_gradient_memory(dead: list[
 # ---- JumpReLU ----
 
 
-def test_jumprelu_steps_on_pre_activations_within_an_open_window(density: float) -> None:
-    """One latent with weight 1 and no bias, so that pre = x: every number is exact."""
+def test_jumprelu_steps_on_pre_activations_within_an_open_window(
+    density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One latent with weight 1 and no bias, so that pre = x, and errors in units of 1: every number is exact."""
+    monkeypatch.setattr("sae.LEAST_VARIANCE", 1)
     theta, eps, l1_coeff = 0.5, 0.25, 0.125
     pre = [0.375, 0.4375, 0.5, 0.5625, 0.625, 2.0, 0.0, -0.5]  # an edge, inside, threshold, inside, an edge, outside
     cfg = config("jumprelu", act_size=1, dict_size=1, target_l0=1, l1_coeff=l1_coeff, bandwidth=eps)
@@ -342,7 +345,8 @@ def test_auxk_is_the_unexplained_share_of_the_error_and_b_dec_is_no_part_of_it(s
         sae.b_dec.fill_(3)
         sae.W_dec[DEAD] = 0
     losses = sae(torch.cat([3 + u, 3 - u])).losses
-    assert_close(losses["mse"], u.square().mean() / 1.7**2)
+    variance = (u - u.mean(dim=1, keepdim=True)).square().mean(dim=1)
+    assert_close(losses["mse"], (u.square().mean(dim=1) / variance.clamp(min=1.7**2 / 10)).mean())
     assert_close(losses["auxk"].item(), 1 / 32)
 
 
