@@ -77,12 +77,11 @@ class Store:
         self.cfg = cfg
         self.capacity = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
         self.batch_size = cfg.batch_size // ranks.count()
-        widths = {hook: width for c in cfgs for hook, width in c.widths.items()}
+        self.hooks = {hook: width for c in cfgs for hook, width in c.widths.items()}
         self._device, dtype = cfg.torch_device, getattr(torch, cfg.dtype)
-        check_buffer(cfg, self.capacity, sum(widths.values()) * dtype.itemsize)
+        check_buffer(cfg, self.capacity, sum(self.hooks.values()) * dtype.itemsize)
         make = dict(dtype=dtype, device=self._device)
-        self.hooks = tuple(widths)
-        self._buffers = {hook: torch.empty(self.capacity, width, **make) for hook, width in widths.items()}
+        self._buffers = {hook: torch.empty(self.capacity, width, **make) for hook, width in self.hooks.items()}
         self._rng = torch.Generator().manual_seed(cfg.text_seed)
         if state is None:
             # Slots in the order they are served; those before _served are free.
@@ -247,7 +246,7 @@ class TensorStore(Store):
         blocks = []
         for said, by_name in parts.items():
             by_hook = self._by_hook(by_name, said)
-            rows = len(by_hook[self.hooks[0]])
+            rows = len(next(iter(by_hook.values())))
             blocks += [_Block(by_hook, slice(start, min(start + BLOCK, rows))) for start in range(0, rows, BLOCK)]
         held_out = 0 if model else -(-len(blocks) // 10)
         self._blocks, self._held_out = blocks[: len(blocks) - held_out], blocks[len(blocks) - held_out :]
@@ -257,10 +256,10 @@ class TensorStore(Store):
     def _by_hook(self, by_name: Mapping[str, Rows], said: str) -> dict[str, Rows]:
         """Find the rows of each hook, and check that they fit."""
         found, lengths = {}, set()
-        for hook, buffer in self._buffers.items():
+        for hook, width in self.hooks.items():
             name = hook if hook in by_name else "x" if hook == self.cfg.reads[0] else "y"
             require(name in by_name, f"{said}: no {hook} in {', '.join(by_name)}; give the rows of each hook")
-            found[hook], width = by_name[name], buffer.shape[1]
+            found[hook] = by_name[name]
             shape = list(found[hook].shape)
             wrong = f"{said}: {name} = {found[hook].dtype} {shape}; give floating-point rows [row, {width}]"
             real = "float" in str(found[hook].dtype)

@@ -65,6 +65,9 @@ class Stream:
     """Text: "python-stdlib", a Hub data set, or local .py, .txt, .jsonl or .parquet files (path, folder or glob)."""
     dataset_name: str | None = None
     """Configuration of a Hub data set that has several, such as "sample-10BT" of fineweb."""
+    activations: checks.Name | None = None
+    """Folder of activations to train on, which `main.py cache` wrote; without one they come from the model. Model and
+    text are then those of the evaluation."""
     seq_len: checks.AtLeastTwo = 128
     """Tokens in a context window, the BOS that starts it included."""
     model_batch_size: checks.Positive = 32

@@ -51,6 +51,11 @@ def main(words: list[str]) -> int:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             sweep.estimate(options.cfgs)
             return 0
+        if options.is_cache:
+            stopped = sweep.record(options.cfgs, StopAfterStep(processes))
+            done = f"to train on them: --activations {options.cfgs[0].output_dir}"
+            print(f"{stopped}; the same command goes on" if stopped else done)
+            return 0
         cfgs, folder = sweep.begin(options.cfgs, options.sweep, options.resume)
         stopped = sweep.run(cfgs, folder, StopAfterStep(processes))
         if stopped is not None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import huggingface_hub.constants
 
+import cache
 import results
-from activation_store import ActivationsStore
+from activation_store import ActivationsStore, TensorStore
 from config import Config, by_stream
 from interop.pretrained import new_sae
 from language_model import Model, check_hooks, load_model
@@ -61,7 +62,11 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
             if trained_here := [cfg for cfg in group if cfg in own]:
                 on = f", on from step {state['step']:,}" if state else ""
                 print(f"{heading(trained_here)}{on}", flush=True)
-                store = ActivationsStore(_model_of(group[0], held), trained_here, state and state["store"])
+                model, saved = _model_of(group[0], held), state and state["store"]
+                if folder_of := group[0].activations:
+                    store = TensorStore(folder_of, cfgs=trained_here, model=model, state=saved)
+                else:
+                    store = ActivationsStore(model, trained_here, saved)
                 saes = [SAE_TYPES[cfg.sae_type](cfg) if state else new_sae(cfg) for cfg in trained_here]  # placed later
                 begin_sweep(folder, cfgs)  # the first thing written: all that can be refused was checked before
                 with contextlib.closing(RunLog(folder, trained_here, index, state["step"] if state else 0)) as log:
@@ -74,6 +79,22 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
     if ranks.world_rank() == 0 and is_whole:
         results.report(str(folder))
     return stopped if is_whole or stopped else "other processes were stopped"
+
+
+def record(cfgs: list[Config], should_stop: Callable[[], bool] = lambda: False) -> str | None:
+    """Write the activations that a sweep reads and writes into its output_dir; see `cache.write`."""
+    cfg, folder = cfgs[0], Path(cfgs[0].output_dir)
+    ranks.start(cfg.share, cfg.torch_device)
+    require(ranks.count() == ranks.world_size(), "share = 'saes': processes share what is recorded; leave it out")
+    several = "cache: several streams of activations; give one value to each field of model, text and batches"
+    require(len(by_stream(cfgs)) == 1, several)
+    require(not cfg.activations, f"activations = {cfg.activations!r}: they are recorded already; leave it out")
+    cfgs, model = check(cfgs, folder), load_model(cfg)
+    cfgs = [check_hooks(model, c) for c in {(c.reads, c.writes): c for c in cfgs}.values()]
+    hooks = len({hook for c in cfgs for hook in c.widths})
+    where = f"{hooks} hook{'s' * (hooks > 1)} of {cfg.model_name} to {folder}"
+    print(f"recording {cfg.num_steps * cfg.batch_size:,} activations at {where}", flush=True)
+    return cache.write(model, cfgs, folder, should_stop)
 
 
 def estimate(cfgs: list[Config]) -> None:

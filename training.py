@@ -219,7 +219,7 @@ class _Loop:
         for trainer, saved in zip(self.trainers, state["trainers"].values()):
             trainer.load_state(saved)
         state.clear()  # gigabytes, perhaps
-        bar = self._bar(first)
+        bar = progress_bar(cfg, first)
         started, in_steps, in_lap = time.perf_counter(), 0.0, 0.0
         for step in range(first, cfg.num_steps):
             done, began = step + 1, time.perf_counter()
@@ -335,16 +335,18 @@ class _Loop:
             f" activations overflow; its last checkpoint is as it was{saved}"
         )
 
-    def _bar(self, first: int) -> tqdm:
-        return tqdm(
-            initial=first * self.cfg.batch_size,
-            total=self.cfg.num_steps * self.cfg.batch_size,
-            unit="tok",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=True if ranks.world_rank() > 0 else None,  # None: where standard error is not a terminal
-            bar_format="{l_bar}{bar:8}| {remaining} left, {rate_fmt}{postfix}",  # fits 80 columns
-        )
+
+def progress_bar(cfg: Config, first: int) -> tqdm:
+    """Show how many of num_tokens activations are done, on from a step."""
+    return tqdm(
+        initial=first * cfg.batch_size,
+        total=cfg.num_steps * cfg.batch_size,
+        unit="tok",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=True if ranks.world_rank() > 0 else None,  # None: where standard error is not a terminal
+        bar_format="{l_bar}{bar:8}| {remaining} left, {rate_fmt}{postfix}",  # fits 80 columns
+    )
 
 
 def heading(cfgs: list[Config]) -> str:

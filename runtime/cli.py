@@ -19,7 +19,7 @@ from docstring_parser import parse_from_object
 from config import GROUPS, HINTS, SITES, SWEEPS, Config, unused_by
 from runtime.checks import choices, explained, kind_of, near, require
 
-DEFAULT_SWEEP = "tiny"
+DEFAULT_SWEEP, CACHE = "tiny", "cache"
 HELP = {param.arg_name: param.description for group in GROUPS for param in parse_from_object(group).params}
 WIDTH, INDENTED = 80, dict(initial_indent="    ", subsequent_indent="    ")
 DESCRIPTION = """Train sparse dictionaries on a transformer's activations.
@@ -27,6 +27,8 @@ DESCRIPTION = """Train sparse dictionaries on a transformer's activations.
   python main.py                        the tiny sweep: minutes, no network
   python main.py gpt2 --target-l0 8 16  another sweep, one field at two values
   python main.py list                   the sweeps that have names
+  python main.py cache gpt2 --output-dir acts    its activations, to a folder
+  python main.py gpt2 --activations acts         train on them
   nn-decompositions completion          a script that completes all this in bash
 
 A run trains every Config of the sweep with every combination of the values
@@ -34,12 +36,13 @@ given. Defaults below are those of the sweep {sweep}."""
 
 
 class Options(NamedTuple):
-    """What the command line asks for: a sweep to train or to estimate, or one to resume."""
+    """What the command line asks for: a sweep to train, to estimate or to record activations of, or one to resume."""
 
     sweep: str
     cfgs: list[Config]
     resume: str | None = None
     dry_run: bool = False
+    is_cache: bool = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,8 +54,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse(words: list[str]) -> Options:
     """Read the words. Raises ValueError at an option, a sweep, a file or a value that does not exist."""
+    is_cache = words[:1] == [CACHE]
     dashed = [
-        re.sub("^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in words
+        re.sub("^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in words[is_cache:]
     ]  # W&B: --target_l0=16
     known, unknown = _parser(DEFAULT_SWEEP).parse_known_args(dashed)
     wrong = " ".join("".join(unknown[:1]).split())  # the error is one line, whatever the word
@@ -62,17 +66,19 @@ def parse(words: list[str]) -> Options:
     given = {name: tuple(asked[name]) for name in HINTS if name in asked}
     for name, values in given.items():
         require(values, f"{_option(name)}: no value; give one or several after it")
+    whole = not is_cache or not asked.keys() & {"resume", "dry_run"}
+    require(whole, "cache: takes neither --resume nor --dry-run; the same command goes on where it stopped")
     if "resume" in asked:
         alone = asked["resume"] and len(asked) == 1
         require(alone, "--resume: give it one folder and no other option; the Configs are in the folder")
         return Options(DEFAULT_SWEEP, [], asked["resume"])
-    sweep, names = asked.get("sweep", DEFAULT_SWEEP), (*SWEEPS, *TEXTS)
+    sweep, names = asked.get("sweep", DEFAULT_SWEEP), (*SWEEPS, *TEXTS, CACHE)
     require(sweep not in TEXTS, f"{sweep}: give it no other word")
     require(sweep in SWEEPS, f"sweep = {sweep!r}: {near(sweep, names)}give one of {', '.join(names)}")
     if "overrides" in asked:
         given = read_overrides(Path(asked["overrides"])) | given
     given = {name: tuple(_value(value, HINTS[name]) for value in values) for name, values in given.items()}
-    return Options(sweep, override(SWEEPS[sweep](), given), dry_run="dry_run" in asked)
+    return Options(sweep, override(SWEEPS[sweep](), given), dry_run="dry_run" in asked, is_cache=is_cache)
 
 
 def answer(words: list[str]) -> str | None:
@@ -97,7 +103,7 @@ def sweeps() -> str:
 def completion() -> str:
     """Write a script for bash that completes options, their values where they are few, and the names of sweeps."""
     parser = _parser(DEFAULT_SWEEP)
-    values = {"sweep": (*SWEEPS, *TEXTS)} | {name: choices(hint) for name, hint in HINTS.items()}
+    values = {"sweep": (*SWEEPS, *TEXTS, CACHE)} | {name: choices(hint) for name, hint in HINTS.items()}
     values |= dict.fromkeys(("site", "target_site"), tuple(SITES))  # and any other hook
     for action in parser._actions:
         action.choices = values.get(action.dest) or None

@@ -17,7 +17,7 @@ from language_model import check_model, model_source
 from runtime.checks import explained
 from runtime.cli import INDENTED, WIDTH, written
 from runtime.documents import local_files
-from runtime.preflight import check_texts
+from runtime.preflight import check_activations, check_texts
 from sae import SAE_TYPES
 from training import heading
 
@@ -28,6 +28,7 @@ def describe(cfgs: list[Config]) -> Iterator[str]:
     """Yield lines of at most 80 columns. Raises ValueError or OSError where a run would before it loads the model."""
     known = {cfg.model_name for cfg in cfgs if _is_known(cfg.model_name)}
     cfgs = [check_model(cfg) if cfg.model_name in known else cfg for cfg in cfgs]
+    check_activations(cfgs)
     local = [path for path in dict.fromkeys(cfg.dataset_path for cfg in cfgs) if local_files(path)]
     check_texts([cfg for cfg in cfgs if cfg.dataset_path in local and cfg.model_name in known])
     shared = {field for field in HINTS if len({getattr(cfg, field) for cfg in cfgs}) == 1}

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from cache import check_recorded
 from config import Config
 from language_model import check_model, model_source, ordinary_positions
 from runtime import ranks
@@ -22,6 +23,7 @@ def check(cfgs: list[Config], folder: Path) -> list[Config]:
     """
     check_machine(cfgs, folder)
     cfgs = [check_model(cfg) for cfg in cfgs]
+    check_activations(cfgs)
     check_texts(cfgs)
     return cfgs
 
@@ -48,6 +50,13 @@ def check_machine(cfgs: list[Config], folder: Path) -> None:
     missing = ranks.in_any(not os.path.exists(ranks.from_first(file)))
     os.unlink(file)
     require(not missing, f"{said}: not the same on all machines; give one that all share")
+
+
+def check_activations(cfgs: list[Config]) -> None:
+    """Raise ValueError when a folder of activations that a Config names is not whole, or of something else."""
+    for cfg in cfgs:
+        if cfg.activations:
+            check_recorded(cfg)
 
 
 def check_texts(cfgs: list[Config]) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import cache
 import evaluation
 import logs
 from activation_store import ActivationsStore
@@ -120,7 +121,12 @@ def ends_last(stops: str) -> None:
     assert Path("second is done").exists() and is_whole == (stops != "stops")
 
 
-# ---- what goes wrong with main.py ----
+# ---- what goes wrong with main.py, or is smaller than in a real run ----
+
+
+def records_small_files() -> None:
+    """Write about 2,500 rows of two hooks, 16 wide, to a file."""
+    cache.FILE_BYTES = 2500 * 2 * 16 * 4
 
 
 def _change_batch_34_of_the_second(change: object) -> None:
