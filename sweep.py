@@ -50,6 +50,9 @@ def run(cfgs: list[Config], folder: Path, should_stop: Callable[[], bool] = lamb
     to_train = [cfg for group in reversed(by_stream(cfgs)[progress["group"] :]) for cfg in group]
     known = {cfg.name: check_hooks(_model_of(cfg, held), cfg) for cfg in to_train}
     cfgs = [known.get(cfg.name, cfg) for cfg in cfgs]
+    for cfg in known.values():
+        if cfg.init_from:
+            new_sae(cfg)  # a mistake in it is told before anything is trained
     own, left = ranks.own(cfgs), list(enumerate(by_stream(cfgs)))[progress["group"] :]
     if folder.exists() and progress == {"group": 0}:
         print("no state was saved; starting from the beginning", flush=True)

@@ -61,13 +61,15 @@ def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: str | Pat
     name, hooks = "sparse autoencoder" if cfg.is_sae else cfg.kind, ", ".join(f"`{hook}`" for hook in cfg.reads)
     if cfg.target_site:
         hooks += f", which reconstruct the {cfg.d_out} at `{cfg.writes[0]}`,"
+    there = f'sae = SAE.from_pretrained("{repo_id}", "{folder}")'
+    opens_there = cfg.is_sae or (cfg.target_site and cfg.sae_type != "topk")
     parts = [
         "---\nlibrary_name: saelens\ntags:\n- sparse-autoencoder\n- nn-decompositions\n---",
         f"# {cfg.name}",
         f"A {cfg.type.label} {name}: {cfg.dict_size} latents of the {cfg.d_in} activations at {hooks} of"
         f" `{cfg.model_name}`.",
         "## Load it",
-        f'```python\nfrom sae_lens import SAE  # SAELens\n\nsae = SAE.from_pretrained("{repo_id}", "{folder}")\n```',
+        *([f"```python\nfrom sae_lens import SAE  # SAELens\n\n{there}\n```"] if opens_there else []),
         "```python\nfrom interop.pretrained import load_pretrained  # NN Decompositions\n\n"
         f'sae = load_pretrained("{repo_id}:{folder}")\n```',
     ]
@@ -91,7 +93,7 @@ def _table(title: str, values: dict[str, str]) -> str:
 
 def _public(cfg: Config) -> Config:
     """Keep only the last name of a local model and of local texts, and nothing else of this machine."""
-    names = {field: getattr(cfg, field) or "" for field in ("model_name", "dataset_path", "init_from")}
+    names = {field: getattr(cfg, field) or "" for field in ("model_name", "dataset_path", "activations", "init_from")}
     local = {
         field: Path(os.path.abspath(os.path.expanduser(name))).name or "root"
         for field, name in names.items()

@@ -113,7 +113,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[s
 
 
 @pytest.mark.parametrize("line, offered", [
-    ("nn-decompositions ", [*SWEEPS, "list", "completion"]),
+    ("nn-decompositions ", [*SWEEPS, "list", "completion", "cache"]),
     ("nn-decompositions t", ["tiny", "transcoders"]),
     ("nn-decompositions gpt2 --re", ["--resume", "--resume-freq"]),
     ("nn-decompositions --sae-type ", [*TYPES]),

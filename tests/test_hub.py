@@ -58,6 +58,7 @@ def test_pushed_then_loaded(hub: Hub, sae_type: str) -> None:
 def test_folders_of_this_machine_are_not_pushed(hub: Hub, tmp_path: Path) -> None:
     home = "/home/someone"
     local = {"model_name": f"{home}/models/m", "dataset_path": "~/secret/*.txt", "output_dir": f"{home}/runs"}
+    local |= {"activations": f"{home}/acts", "init_from": f"{home}/runs/sae"}
     sae = make("topk", **local)
     write_run(tmp_path, sae.cfg, l0=4.0)
     push_to_hub(sae, "someone/saes", sweep=tmp_path)
@@ -66,7 +67,8 @@ def test_folders_of_this_machine_are_not_pushed(hub: Hub, tmp_path: Path) -> Non
     assert not [
         word for word in ("someone/models", "someone-models", "secret", "/home", str(tmp_path)) if word in pushed
     ]
-    public = replace(sae.cfg, model_name="m", dataset_path="*.txt", output_dir=Config().output_dir)
+    names = dict(model_name="m", dataset_path="*.txt", activations="acts", init_from="sae")
+    public = replace(sae.cfg, **names, output_dir=Config().output_dir)
     assert load_pretrained(f"someone/saes:{public.name}").cfg == public
 
 
@@ -171,6 +173,11 @@ def test_the_card(hub: Hub, tmp_path: Path) -> None:
     assert "After 7 steps, 14,336 tokens;" in card and "0.8765" not in card
     assert {"| l0 | 4 |", "| ce_recovered | 0.75 |", "| of_a_metric_to_come | 0.123457 |"} <= set(lines)
     assert "| target_l0 | `4` |" in lines and "| hook" not in card and "nan" not in card
+
+    for there, fields in ((True, dict(target_site="mlp_out", target_size=8)), (False, dict(layer=(0, 1)))):
+        for sae_type in ("topk", "vanilla"):
+            card = model_card(make(sae_type, site="mlp_in", **fields), "someone/saes", "it")
+            assert ("sae_lens" in card) == (there and sae_type == "vanilla")
 
     card = model_card(sae, "someone/saes", "a/folder", tmp_path / "b")
     assert "Not evaluated yet." in card and "nan" not in card

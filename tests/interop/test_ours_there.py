@@ -1,8 +1,10 @@
 """Open our checkpoints in SAELens, put them into its models, and run its evaluations and SAEBench's core one."""
 
 import json
+import re
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from datasets import Dataset
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoint import save_checkpoint
 from config import Config
 from evaluation import HeldOut, evaluate
+from interop.circuit_tracer import save_transcoder_set
 from interop.hub import push_to_hub
 from interop.pretrained import load_pretrained
 from language_model import load_model, ordinary_positions, record, replacing
@@ -224,3 +227,44 @@ def test_sae_bench_core(
     metrics = json.loads(Path(path).read_text())["eval_result_metrics"]
     assert 0 < metrics["sparsity"]["l0"] < 64
     assert metrics["model_performance_preservation"]["ce_loss_with_sae"] > 0
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+@pytest.mark.parametrize("sae_type", [t for t in SAE_TYPES if t != "topk"])
+def test_circuit_tracer_reads_a_transcoder_for_each_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sae_type: str, skip: bool
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ENABLE_HF_TRANSFER", False, raising=False)  # of hub 0.x
+    from circuit_tracer.utils.caching import load_transcoders_from_cache
+
+    hooks = dict(site="mlp_in", target_site="mlp_out", target_size=WIDTH, skip=skip, model_name="tiny")
+    saes = [make(sae_type, False, layer=layer, seed=layer, **hooks) for layer in (1, 0)]
+    if skip:
+        for sae in saes:
+            torch.nn.init.normal_(sae.W_skip, std=0.3)
+    save_transcoder_set(saes, tmp_path / "user" / "repo")
+    theirs, config = load_transcoders_from_cache("user/repo", cache_dir=tmp_path)
+    assert (config["model_name"], theirs.feature_input_hook) == ("tiny", "mlp.hook_in")
+    assert (theirs.feature_output_hook, theirs.skip_connection) == ("hook_mlp_out", skip)
+    x = 3 * torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(2)) + 0.5
+    for sae in saes:
+        theirs_here = theirs[sae.cfg.layer]
+        torch.testing.assert_close(sae.encode(x), theirs_here.encode(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(sae(x).sae_out, theirs_here(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ([{}, {}], "layers [0]: give one transcoder for each layer"),
+        ([{}, {"layer": 2}], "layers [0, 2]: give one transcoder for each layer"),
+        ([{}, {"layer": 1, "dict_size": 32}], "dict_size = 32 and 64; give transcoders of one"),
+        ([{"target_site": None, "target_size": None}], "reads mlp_in and writes mlp_in; give transcoders from mlp_in"),
+        ([{"sae_type": "topk"}], "circuit-tracer's files hold no topk; give another type"),
+    ],
+)
+def test_what_circuit_tracer_cannot_read_is_refused(tmp_path: Path, changes: list[dict], expected: str) -> None:
+    common = dict(sae_type="batchtopk", layer=0, site="mlp_in", target_site="mlp_out", target_size=WIDTH)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        save_transcoder_set([make(norm=False, **common | change) for change in changes], tmp_path / "set")
+    assert not (tmp_path / "set").exists()

@@ -1,0 +1,62 @@
+"""Write transcoders of all layers as the folder from which circuit-tracer builds its replacement model.
+
+Its format: config.yaml, and layer_<n>.safetensors with W_enc [dict_size, d_model], W_dec [dict_size, d_model], b_enc,
+b_dec, the thresholds of a JumpReLU, and W_skip turned round. The hooks are those of circuit-tracer's wrapped
+HookedTransformer.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from torch import Tensor
+
+from runtime.checks import require
+from runtime.disk import save_tensors, write_durably
+from sae import BaseAutoencoder
+
+READS = {"mlp_in": "mlp.hook_in", "resid_mid": "hook_resid_mid"}  # ours, and circuit-tracer's
+WRITES = {"mlp_out": "hook_mlp_out"}
+
+
+def save_transcoder_set(transcoders: Sequence[BaseAutoencoder], folder: str | Path) -> None:
+    """Write one transcoder for each layer, from the first on, in any order, into `folder`.
+
+    Put on the Hub, it is what `ReplacementModel.from_pretrained(model_name, "user/repo")` of circuit-tracer takes.
+    Raises: ValueError when a layer is missing, the transcoders differ in model, hooks or size, or are of type topk,
+    which these files cannot hold.
+    """
+    by_layer = {sae.cfg.layers[0]: sae for sae in transcoders}
+    layers, first = sorted(by_layer), next(iter(by_layer.values())).cfg
+    each = layers == list(range(len(layers))) and len(layers) == len(transcoders)
+    require(each, f"layers {[*by_layer]}: give one transcoder for each layer, 0 and on")
+    for sae in transcoders:
+        cfg = sae.cfg
+        fits = cfg.site in READS and cfg.target_site in WRITES
+        hooks = f"give transcoders from {' or '.join(READS)} to {' or '.join(WRITES)}"
+        require(fits, f"{cfg.name}: reads {cfg.site} and writes {cfg.target_site or cfg.site}; {hooks}")
+        require(cfg.sae_type != "topk", f"{cfg.name}: circuit-tracer's files hold no topk; give another type")
+        for field in ("model_name", "site", "target_site", "dict_size", "skip"):
+            same = getattr(cfg, field) == getattr(first, field)
+            require(same, f"{field} = {getattr(cfg, field)!r} and {getattr(first, field)!r}; give transcoders of one")
+    config = {
+        "model_name": first.model_name, "model_kind": "transcoder_set",
+        "feature_input_hook": READS[first.site], "feature_output_hook": WRITES[first.target_site],
+    }  # fmt: skip
+
+    def write(path: Path) -> None:
+        path.mkdir()
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+        for layer in layers:
+            save_tensors(_tensors(by_layer[layer]), path / f"layer_{layer}.safetensors")
+
+    write_durably(folder, write)
+
+
+def _tensors(sae: BaseAutoencoder) -> dict[str, Tensor]:
+    tensors = {"W_enc": sae.W_enc.t(), "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.t()
+    if sae.cfg.type.sae_lens == "jumprelu":  # behind BatchTopK's threshold too
+        tensors["activation_function.threshold"] = sae.threshold.expand_as(sae.b_enc)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
