@@ -356,6 +356,13 @@ def setting(sae: Any) -> str:
     return f"l1={sae.l1_coeff:g}" if fixed else f"L0={sae.target_l0:g}"
 
 
+def number_of(cfgs: list[Config]) -> str:
+    """Say how many dictionaries there are, and of which kind: 12 SAEs, 1 transcoder, 5 dictionaries."""
+    kind, *others = {cfg.kind.removeprefix("skip ") for cfg in cfgs}
+    one, several = ("dictionary", "dictionaries") if others else (kind, f"{kind}s")
+    return f"1 {one}" if len(cfgs) == 1 else f"{len(cfgs)} {several}"
+
+
 def by_stream(cfgs: list[Config]) -> list[list[Config]]:
     """Group the Configs whose SAEs are trained on one pass of the model, in the order of each group's first."""
     groups: dict[tuple, list[Config]] = {}

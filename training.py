@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from activation_store import Store
-from config import Config
+from config import Config, number_of
 from evaluation import evaluate, training_metrics
 from kernels import sparse
 from kernels.sparse import GradientMemory
@@ -261,7 +261,8 @@ class _Loop:
                 bar.close()
                 raise Stopped(f"stopped after step {done:,} of {cfg.num_steps:,}")
         bar.close()
-        tqdm.write(f"{_number(self.saes)}: {(cfg.num_steps - first) * cfg.batch_size / in_steps:,.0f} tokens/s")
+        rate = (cfg.num_steps - first) * cfg.batch_size / in_steps
+        tqdm.write(f"{number_of([sae.cfg for sae in self.saes])}: {rate:,.0f} tokens/s")
         for sae, found in zip(self.saes, self.results):
             if not sae.cfg.has_fixed_penalty and abs(found["l0"] / sae.cfg.target_l0 - 1) > MISSED:
                 missed = f"its L0 is {found['l0']:.1f} on held-out text; train longer to come nearer"
@@ -353,11 +354,7 @@ def heading(cfgs: list[Config]) -> str:
     """Say of dictionaries that share a stream how many they are, and on which activations."""
     cfg, hooks = cfgs[0], list(dict.fromkeys(hook for c in cfgs for hook in c.widths))
     where = f"{cfg.model_name} {hooks[0]}" if len(hooks) == 1 else f"{len(hooks)} hooks of {cfg.model_name}"
-    return f"{_number(cfgs)} on {where}, {cfg.num_steps * cfg.batch_size:,} activations"
-
-
-def _number(saes: list[BaseAutoencoder] | list[Config]) -> str:
-    return "1 SAE" if len(saes) == 1 else f"{len(saes)} SAEs"
+    return f"{number_of(cfgs)} on {where}, {cfg.num_steps * cfg.batch_size:,} activations"
 
 
 def _ranges(of_saes: list[dict[str, float]], metrics: dict[str, str]) -> str:

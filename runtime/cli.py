@@ -16,7 +16,7 @@ import shtab
 import yaml
 from docstring_parser import parse_from_object
 
-from config import GROUPS, HINTS, SITES, SWEEPS, Config, unused_by
+from config import GROUPS, HINTS, SITES, SWEEPS, Config, number_of, unused_by
 from runtime.checks import choices, explained, kind_of, near, require
 
 DEFAULT_SWEEP, CACHE = "tiny", "cache"
@@ -27,8 +27,8 @@ DESCRIPTION = """Train sparse dictionaries on a transformer's activations.
   python main.py                        the tiny sweep: minutes, no network
   python main.py gpt2 --target-l0 8 16  another sweep, one field at two values
   python main.py list                   the sweeps that have names
-  python main.py cache gpt2 --output-dir acts    its activations, to a folder
-  python main.py gpt2 --activations acts         train on them
+  python main.py cache --output-dir a   its activations, recorded in a folder
+  python main.py --activations a        train on those
   nn-decompositions completion          a script that completes all this in bash
 
 A run trains every Config of the sweep with every combination of the values
@@ -95,7 +95,7 @@ def sweeps() -> str:
     for name, make in SWEEPS.items():
         tokens = [cfg.num_tokens for cfg in make()]
         activations = " to ".join(f"{end:,}" for end in sorted({min(tokens), max(tokens)}))
-        lines.append(f"{name}: {len(tokens)} SAEs on {activations} activations")
+        lines.append(f"{name}: {number_of(make())} on {activations} activations")
         lines += textwrap.wrap((make.__doc__ or "").strip().split("\n")[0], WIDTH, **INDENTED)
     return "\n".join(lines)
 

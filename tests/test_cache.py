@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from test_resume import left_behind, sweep_folder
 from torch import Tensor
+from torch.testing import assert_close
+from transformers import GPT2LMHeadModel
 
 from activation_store import ActivationsStore, TensorStore
 from cache import MANIFEST, SUMS
@@ -74,6 +76,14 @@ def test_it_holds_the_rows_of_the_stream_in_the_order_in_which_a_run_would_train
     assert sorted(contents(whole / "acts")) == [SUMS, MANIFEST, *(f"rows-000-0000{n}.safetensors" for n in range(4))]
     for hook, rows in recorded(whole / "acts").items():
         assert torch.equal(rows, torch.cat([batch[hook] for batch in batches])), hook
+    assert_rows_are_of_the_same_tokens(recorded(whole / "acts"), whole)
+
+
+def assert_rows_are_of_the_same_tokens(rows: dict[str, Tensor], place: Path) -> None:
+    """What the model's own MLP makes of those at its input are those at its output."""
+    mlp = GPT2LMHeadModel.from_pretrained(place / "tiny-gpt2").eval().transformer.h[1].mlp
+    with torch.no_grad():
+        assert_close(mlp(rows[X]), rows[Y], rtol=1e-4, atol=1e-4)
 
 
 def test_manifest_and_checksums_tell_what_there_is(whole: Path) -> None:
@@ -127,6 +137,7 @@ def test_two_processes_write_their_shares_and_train_from_them(
     assert shares == [4800, 4800]
     together, alone = (len(recorded(folder / "acts")[X].unique(dim=0)) for folder in (cwd, whole))
     assert together > 0.95 * alone, "of different text"
+    assert_rows_are_of_the_same_tokens(recorded(cwd / "acts"), cwd)
 
 
 def test_training_from_it_is_training_on_the_stream_in_another_order(whole: Path) -> None:

@@ -84,9 +84,14 @@ def test_list_names_the_sweeps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert max(map(len, lines)) <= 80
     shown = " ".join(" ".join(lines).split())
     for name, make in SWEEPS.items():
-        assert f"{name}: {len(make())} SAEs on {make()[0].num_tokens:,} activations {make.__doc__}" in shown
+        first = make()[0]
+        assert f"{name}: {len(make())} {first.kind}s on {first.num_tokens:,} activations {make.__doc__}" in shown
     monkeypatch.setitem(SWEEPS, "both", lambda: [Config(num_tokens=n) for n in (5000, 9000, 7000)])
     assert "both: 3 SAEs on 5,000 to 9,000 activations" in cli.sweeps().splitlines()
+    monkeypatch.setitem(SWEEPS, "both", lambda: [Config(), Config(layer=(0, 1)), Config(target_site="mlp_out")])
+    assert "both: 3 dictionaries on 1,000,000 activations" in cli.sweeps().splitlines()
+    monkeypatch.setitem(SWEEPS, "both", lambda: [Config(target_site="mlp_out", skip=True)])
+    assert "both: 1 transcoder on 1,000,000 activations" in cli.sweeps().splitlines()
 
 
 # ---- completion ----
