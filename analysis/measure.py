@@ -30,7 +30,7 @@ from text import held_out_windows
 RESAMPLES = 1000
 MATCHED = 8192  # latents: matching takes memory with their square and time with their cube
 ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)  # of an interval
-OF_TEXT = ("model_name", "layer", "site", "target_site", "dataset_path", "dataset_name", "seq_len", "dtype")
+OF_TEXT = ("model_name", "dataset_path", "dataset_name", "seq_len", "dtype")
 COLUMNS = {"l0": ("L0", 1), "explained_variance": ("expl. var.", 3), "ce_recovered": ("CE recovered", 3)}
 
 
@@ -65,22 +65,23 @@ def measure(paths: Sequence[str], windows: int | None = None) -> list[dict[str, 
         same_text.setdefault(tuple(getattr(sae.cfg, field) for field in OF_TEXT), []).append(number)
     measured: dict[int, dict[str, Any]] = {}
     for numbers in same_text.values():
-        cfg = check_model(saes[numbers[0]].cfg)
-        model = load_model(cfg)
-        count = windows or max(saes[number].cfg.eval_windows for number in numbers)
-        tokens = held_out_windows(cfg, model.tokenizer, count)
-        bar = partial(tqdm, desc=cfg.hook_name, unit="batch", dynamic_ncols=True, disable=None)
+        cfgs = [check_model(saes[number].cfg) for number in numbers]
+        model = load_model(cfgs[0])
+        tokens = held_out_windows(cfgs[0], model.tokenizer, windows or max(cfg.eval_windows for cfg in cfgs))
+        bar = partial(tqdm, desc=cfgs[0].model_name, unit="batch", dynamic_ncols=True, disable=None)
         tallies = tally(HeldOut(model, tokens), [saes[number] for number in numbers], bar)
-        base, of_base, base_resampled = tallies[0], tallies[0].metrics(), resampled(tallies[0])
+        first: dict[tuple, tuple] = {}  # of each hook
         for number, found in zip(numbers, tallies):
             on_resamples, metrics = resampled(found), found.metrics()
             row = measured[number] = {"checkpoint": str(paths[number]), "config": found.sae.cfg.to_dict()}
             row |= {"metrics": metrics, "intervals": {name: _interval(of) for name, of in on_resamples.items()}}
             row |= _of_latents(found)
+            hooks = found.sae.cfg.reads, found.sae.cfg.writes
+            base, of_base, base_resampled = first.setdefault(hooks, (found, row, on_resamples))
             if found is not base:
-                row["compared_with"] = str(paths[numbers[0]])
+                row["compared_with"] = of_base["checkpoint"]
                 row["differences"] = {
-                    name: [metrics[name] - of_base[name], *_interval(of - base_resampled[name])]
+                    name: [metrics[name] - of_base["metrics"][name], *_interval(of - base_resampled[name])]
                     for name, of in on_resamples.items()
                 }
                 if max(found.sae.cfg.dict_size, base.sae.cfg.dict_size) <= MATCHED:
