@@ -6,12 +6,14 @@ A store streams: it holds one buffer for each hook, refills the half that has be
 
 import random
 import weakref
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,21 +27,23 @@ from config import Config
 from evaluation import HeldOut, HeldOutRows
 from language_model import Model, ordinary_positions, record
 from runtime import ranks
-from runtime.checks import explained, require
+from runtime.checks import explained, parse_json, require
 from runtime.machine import check_buffer, send
 from text import TextPosition, TextStream, held_out_windows
 
 COPIED_ROWS = 1 << 16  # at a time from a GPU
 PREFETCHED = 8  # batches of windows: documents are tokenised many at a time
 BLOCK = 256  # rows of a file that are read at a time
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+MANIFEST = "manifest.json"  # of a folder that cache.py wrote
 
 
 @dataclass(frozen=True)
 class BlockPosition:
-    """Hold how many blocks of recorded rows this process has read, and in which epoch."""
+    """Hold how many blocks of recorded rows this process has read, in all epochs, and how many rows there are."""
 
-    epoch: int = 0
-    blocks: int = 0
+    blocks: int
+    rows: int
 
     def to_state(self) -> dict[str, int]:
         return asdict(self)
@@ -66,15 +70,16 @@ class Store:
     A row is one token: its activations at every hook stand at the same place. The buffers hold num_batches_in_buffer
     batches of the model. Once half of them has been read, that half is refilled and the unread rows of old and new are
     shuffled together. Deterministic in cfg.text_seed; a store made with the `state` of another goes on from there.
-    cfgs: of one stream (Config.stream), with their widths. Raises ValueError when the buffers do not fit into memory.
+    cfgs: of one stream (Config.stream), with their widths. Raises ValueError when they are not, or when the buffers do
+    not fit into memory.
     """
 
     position_type: type[Position]
 
-    def __init__(self, cfgs: Sequence[Config], state: dict[str, Any] | None) -> None:
-        cfg = cfgs[0]
-        assert all(c.stream == cfg.stream and all(c.widths.values()) for c in cfgs), "one stream, and known widths"
-        self.cfg = cfg
+    def __init__(self, model: Model | None, cfgs: Sequence[Config], state: dict[str, Any] | None) -> None:
+        require(len({cfg.stream for cfg in cfgs}) == 1, "cfgs: give one or several, alike in model, text and batches")
+        require(all(all(cfg.widths.values()) for cfg in cfgs), "act_size = None: give the width at each hook")
+        self.model, self.cfg = model, (cfg := cfgs[0])
         self.capacity = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
         self.batch_size = cfg.batch_size // ranks.count()
         self.hooks = {hook: width for c in cfgs for hook, width in c.widths.items()}
@@ -93,7 +98,15 @@ class Store:
 
     def held_out(self) -> HeldOut | HeldOutRows:
         """Return what dictionaries are evaluated on, which is never served."""
-        raise NotImplementedError
+        return HeldOut(self.model, self.held_out_tokens())
+
+    def held_out_tokens(self) -> Int[Tensor, "window pos"]:
+        """Choose cfg.eval_windows windows of the held-out text; see `held_out_windows`."""
+        return held_out_windows(self.cfg, self.model.tokenizer, self.cfg.eval_windows)
+
+    def is_at_an_end(self, position: Position | None) -> bool:
+        """Say whether an epoch ends here: what has been read is then served before the next one begins."""
+        return False
 
     def read(self, position: Position | None) -> tuple[Position, dict[str, Float[Tensor, "rows act_size"]]]:
         """Read the rows that follow a position (None: the first), by hook, and where the source stands after them."""
@@ -146,10 +159,12 @@ class Store:
 
     def _refill(self) -> None:
         """Write new rows into the slots already served, then shuffle all unread rows."""
-        free = self._order[: self._served]
+        free, unread = self._order[: self._served], self._order[self._served :]
         filled, progress = 0, self._progress
         while filled < len(free):
             if progress.position is None or not len(next(iter(progress.spill.values()))):
+                if len(unread) + filled >= self.batch_size and self.is_at_an_end(progress.position):
+                    break
                 progress = _Progress(*self.read(progress.position))
             slots = free[filled : filled + len(next(iter(progress.spill.values())))]
             for hook, rows in progress.spill.items():
@@ -157,8 +172,11 @@ class Store:
             progress = replace(progress, spill={hook: rows[len(slots) :] for hook, rows in progress.spill.items()})
             filled += len(slots)
         # Only now: had reading failed above, all would still be as it was.
-        self._order = send(torch.randperm(self.capacity, generator=self._rng), self._device)
-        self._served, self._progress = 0, progress
+        self._served, self._progress = len(free) - filled, progress
+        order = send(torch.randperm(self.capacity - self._served, generator=self._rng), self._device)
+        if self._served:
+            order = torch.cat([free[filled:], torch.cat([free[:filled], unread])[order]])
+        self._order = order
 
 
 class ActivationsStore(Store):
@@ -167,19 +185,11 @@ class ActivationsStore(Store):
     position_type = TextPosition
 
     def __init__(self, model: Model, cfgs: Sequence[Config], state: dict[str, Any] | None = None) -> None:
-        super().__init__(cfgs, state)
-        self.model = model
+        super().__init__(model, cfgs, state)
         self._stream = TextStream(self.cfg, model.tokenizer, self._progress.position)
         # The next windows are made in a thread, as tokenizers release the GIL; it ends with the store.
         self._ready, self._thread = deque[Future](), ThreadPoolExecutor(1, thread_name_prefix="tokens")
         weakref.finalize(self, self._thread.shutdown, wait=False, cancel_futures=True)
-
-    def held_out(self) -> HeldOut:
-        return HeldOut(self.model, self.held_out_tokens())
-
-    def held_out_tokens(self) -> Int[Tensor, "window pos"]:
-        """Choose cfg.eval_windows windows of the held-out text; see `held_out_windows`."""
-        return held_out_windows(self.cfg, self.model.tokenizer, self.cfg.eval_windows)
 
     def read(self, position: TextPosition | None) -> tuple[TextPosition, dict[str, Tensor]]:
         """Record the activations of one more batch of windows at ordinary positions. The text is read in order."""
@@ -204,13 +214,6 @@ def _read(stream: TextStream, windows: int) -> tuple[Int[Tensor, "window pos"], 
 Rows = Tensor | np.ndarray  # [row, act_size]
 
 
-class _Block(NamedTuple):
-    """Some rows that are read together."""
-
-    by_name: Mapping[str, Rows]
-    rows: slice
-
-
 class TensorStore(Store):
     """Serve activations that were recorded before: of any model, on any data.
 
@@ -218,10 +221,11 @@ class TensorStore(Store):
     memmap; or such rows for each hook, by its name; or a folder whose .safetensors files hold them, under the names of
     the hooks or as "x" and "y". y: the rows of the hook that transcoders write.
     They may come in any order: blocks of 256 rows are read in a random one, another in each epoch, and mixed in the
-    buffer. Processes that share batches each read their own blocks.
+    buffer of num_batches_in_buffer * model_batch_size * (seq_len - 1) rows. An epoch serves each row once. Processes
+    that share batches each read their own blocks.
     model: where it is given, the dictionaries are evaluated on text, as by an ActivationsStore; otherwise on the last
-    tenth of the rows, which are never served.
-    Raises: ValueError when the rows do not fit the Configs or each other, or a file cannot be read.
+    tenth of the rows, which are never served: on eval_windows * (seq_len - 1) of them at most.
+    Raises: ValueError when the rows do not fit the Configs, each other or the state, or a file cannot be read.
     """
 
     position_type = BlockPosition
@@ -235,73 +239,91 @@ class TensorStore(Store):
         model: Model | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(cfgs, state)
-        self.model, self._epoch_order = model, (-1, [])
+        super().__init__(model, cfgs, state)
+        (reads, writes), *others = {(cfg.reads, cfg.writes) for cfg in cfgs}
+        self._named = {} if others or len(reads) > 1 else {writes[0]: "y", reads[0]: "x"}
+        require(y is None or isinstance(x, Rows), "y: x holds the rows of each hook by its name; leave y out")
         if isinstance(x, str | Path):
-            files = sorted(Path(x).glob("*.safetensors"))
-            require(files, f"{x}: holds no .safetensors files; give a folder of them")
-            parts = {str(file): _mapped(file) for file in files}
+            parts = _files(Path(x))
         else:
             parts = {"activations": x if isinstance(x, Mapping) else {"x": x} if y is None else {"x": x, "y": y}}
-        blocks = []
-        for said, by_name in parts.items():
-            by_hook = self._by_hook(by_name, said)
-            rows = len(next(iter(by_hook.values())))
-            blocks += [_Block(by_hook, slice(start, min(start + BLOCK, rows))) for start in range(0, rows, BLOCK)]
-        held_out = 0 if model else -(-len(blocks) // 10)
-        self._blocks, self._held_out = blocks[: len(blocks) - held_out], blocks[len(blocks) - held_out :]
-        few = f"{len(blocks)} blocks of up to {BLOCK} rows are too few; give more activations"
-        require(len(self._blocks) >= ranks.count(), few)
+        self._parts = [self._by_hook(by_name, said) for said, by_name in parts.items()]
+        rows = [len(next(iter(part.values()))) for part in self._parts]
+        self._first = list(accumulate((-(-count // BLOCK) for count in rows), initial=0))  # block of each part
+        self._trained = self._first[-1] - (0 if model else -(-self._first[-1] // 10))
+        few = f"activations: {sum(rows)} rows are too few; give {BLOCK} for each process, and more to hold out"
+        require(self._trained >= ranks.count(), few)
+        self._rows, self._own = sum(rows), len(range(ranks.rank(), self._trained, ranks.count()))
+        self._order_of: tuple[int, list[int]] = (-1, [])
+        if at := self._progress.position:
+            same = f"activations: {self._rows} rows, and {at.rows} when training began; give those of then"
+            require(at.rows == self._rows, same)
 
     def _by_hook(self, by_name: Mapping[str, Rows], said: str) -> dict[str, Rows]:
         """Find the rows of each hook, and check that they fit."""
         found, lengths = {}, set()
         for hook, width in self.hooks.items():
-            name = hook if hook in by_name else "x" if hook == self.cfg.reads[0] else "y"
-            require(name in by_name, f"{said}: no {hook} in {', '.join(by_name)}; give the rows of each hook")
-            found[hook] = by_name[name]
-            shape = list(found[hook].shape)
-            wrong = f"{said}: {name} = {found[hook].dtype} {shape}; give floating-point rows [row, {width}]"
-            real = "float" in str(found[hook].dtype)
-            require(real and len(shape) == 2 and shape[1] == width and shape[0], wrong)
-            lengths.add(shape[0])
+            name = hook if hook in by_name else self._named.get(hook)
+            require(
+                name in by_name, f"{said}: no {hook} in {', '.join(by_name)}; give the rows of each hook by its name"
+            )
+            rows = found[hook] = by_name[name]
+            fits = isinstance(rows, Rows) and str(rows.dtype).removeprefix("torch.") in FLOATS
+            fits = fits and len(rows) and list(rows.shape[1:]) == [width]
+            is_now = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Rows) else type(rows).__name__
+            require(fits, f"{said}: {name} = {is_now}; give rows [row, {width}], of {', '.join(FLOATS)}")
+            lengths.add(len(rows))
         require(len(lengths) == 1, f"{said}: {' and '.join(map(str, sorted(lengths)))} rows; give as many at each hook")
         return found
 
     def held_out(self) -> HeldOut | HeldOutRows:
-        cfg, blocks = self.cfg, self._held_out
         if self.model is not None:
-            return HeldOut(self.model, held_out_windows(cfg, self.model.tokenizer, cfg.eval_windows))
-        most = max(1, cfg.eval_windows * (cfg.seq_len - 1) // BLOCK)
-        read = [self._rows_of(block) for block in blocks[:: -(-len(blocks) // most)]]
+            return super().held_out()
+        most = max(1, self.cfg.eval_windows * (self.cfg.seq_len - 1) // BLOCK)
+        blocks = range(self._trained, self._first[-1])
+        read = [self._block(number) for number in blocks[:: -(-len(blocks) // most)]]
         return HeldOutRows({hook: torch.cat([rows[hook] for rows in read]) for hook in self.hooks})
 
+    def is_at_an_end(self, position: BlockPosition | None) -> bool:
+        return position is not None and position.blocks % self._own == 0
+
     def read(self, position: BlockPosition | None) -> tuple[BlockPosition, dict[str, Tensor]]:
-        """Read the next block of this epoch's order."""
-        at = position or BlockPosition()
-        if at.blocks == len(self._order_in(at.epoch)):
-            if at.epoch == 0:
-                rows = sum(block.rows.stop - block.rows.start for block in self._blocks)
-                tqdm.write(f"all {rows:,} rows read: starting over, reshuffled")
-            at = BlockPosition(at.epoch + 1)
-        block = self._blocks[self._order_in(at.epoch)[at.blocks]]
-        return replace(at, blocks=at.blocks + 1), self._rows_of(block)
-
-    def _order_in(self, epoch: int) -> list[int]:
-        """List this process's blocks in the order of an epoch."""
-        if self._epoch_order[0] != epoch:
-            order = list(range(len(self._blocks)))
+        """Read the next block in the order of this epoch."""
+        blocks = position.blocks if position else 0
+        epoch, place = divmod(blocks, self._own)
+        if (epoch, place) == (1, 0):
+            tqdm.write(f"all {self._rows:,} rows read: starting over, reshuffled")
+        if self._order_of[0] != epoch:
+            order = list(range(self._trained))
             random.Random(f"{self.cfg.text_seed} {epoch}").shuffle(order)
-            self._epoch_order = epoch, order[ranks.rank() :: ranks.count()]
-        return self._epoch_order[1]
+            self._order_of = epoch, order[ranks.rank() :: ranks.count()]
+        return BlockPosition(blocks + 1, self._rows), self._block(self._order_of[1][place])
 
-    def _rows_of(self, block: _Block) -> dict[str, Tensor]:
-        read = {hook: rows[block.rows] for hook, rows in block.by_name.items()}
-        tensors = {hook: r if isinstance(r, Tensor) else torch.from_numpy(np.array(r)) for hook, r in read.items()}
+    def _block(self, number: int) -> dict[str, Tensor]:
+        """Read the rows of a block at each hook."""
+        part = bisect_right(self._first, number) - 1
+        start = (number - self._first[part]) * BLOCK
+        read = {hook: rows[start : start + BLOCK] for hook, rows in self._parts[part].items()}
+        tensors = {
+            hook: r.detach() if isinstance(r, Tensor) else torch.from_numpy(np.array(r)) for hook, r in read.items()
+        }
         return {hook: t.to(self._device, self._buffers[hook].dtype) for hook, t in tensors.items()}
 
 
-def _mapped(file: Path) -> dict[str, Tensor]:
-    """Map a file of tensors into memory: what is not used is not read."""
-    with explained(f"{file}: cannot be read", SafetensorError, OSError, remedy="give whole safetensors files"):
-        return load_file(file)
+def _files(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Map files of tensors into memory: what is not used is not read. Those of a manifest are whole, and no others."""
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        rows = parse_json(manifest.read_bytes(), str(manifest))["files"]
+    else:
+        rows = {file.name: None for file in sorted(folder.glob("*.safetensors"))}
+    require(rows, f"{folder}: holds no .safetensors files; give a folder of them")
+    found = {}
+    for name, count in rows.items():
+        with explained(
+            f"{folder / name}: cannot be read", SafetensorError, OSError, remedy="give whole safetensors files"
+        ):
+            found[str(folder / name)] = tensors = load_file(folder / name)
+        whole = count is None or all(len(tensor) == count for tensor in tensors.values())
+        require(whole, f"{folder / name}: not {count} rows, as {MANIFEST} says; copy the whole folder")
+    return found

@@ -66,8 +66,8 @@ class Stream:
     dataset_name: str | None = None
     """Configuration of a Hub data set that has several, such as "sample-10BT" of fineweb."""
     activations: checks.Name | None = None
-    """Folder of activations to train on, which `main.py cache` wrote; without one they come from the model. Model and
-    text are then those of the evaluation."""
+    """Folder of recorded activations to train on, written by `main.py cache`; model and text then serve for evaluation
+    alone. Without it the activations come from the model."""
     seq_len: checks.AtLeastTwo = 128
     """Tokens in a context window, the BOS that starts it included."""
     model_batch_size: checks.Positive = 32

@@ -370,27 +370,31 @@ class HeldOut:
 class HeldOutRows:
     """Hold recorded activations that dictionaries are evaluated on where there is no language model.
 
-    rows: by hook. There are metrics of rows and of how often latents fire, none of predictions. A row is a window of
-    its own. Processes that share batches share the rows too.
+    rows: by hook. There are metrics of rows and of how often latents fire, none of predictions. Each row counts as a
+    window. Processes that share batches share the rows too.
     """
 
     def __init__(self, rows: Mapping[str, Float[Tensor, "row act_size"]]) -> None:
         self.rows = {hook: acts[ranks.rank() :: ranks.count()] for hook, acts in rows.items()}
         self.count = len(next(iter(self.rows.values())))
         self.batches = [slice(start, min(start + ROWS, self.count)) for start in range(0, self.count, ROWS)]
+        self._of_hooks: dict[Hooks, OfHooks] = {}
 
     def of(self, cfg: Config) -> OfHooks:
-        """Look up what is known of the hooks that a dictionary writes."""
-        y = side_by_side(self.rows, cfg.writes)
-        ones = torch.ones(self.count, dtype=torch.float64, device=y.device)
-        total, rows = y.double().sum(dim=0), ones.sum()
-        ranks.add_([total, rows])
-        return OfHooks(total / rows, {"_rows": ones})
+        """Look up what is known of the hooks that a dictionary writes; measured once."""
+        if cfg.writes not in self._of_hooks:
+            y = side_by_side(self.rows, cfg.writes)
+            ones = torch.ones(self.count, dtype=torch.float64, device=y.device)
+            total, rows = y.sum(dim=0, dtype=torch.float64), ones.sum()
+            ranks.add_([total, rows])
+            self._of_hooks[cfg.writes] = OfHooks(total / rows, {"_rows": ones})
+        return self._of_hooks[cfg.writes]
 
     def add(self, batch: slice, tallies: list["Tally"]) -> None:
         """Add a batch to what is known of SAEs that read the same hooks and write the same."""
-        cfg = tallies[0].sae.cfg
-        x, y = (side_by_side(self.rows, hooks)[batch].float() for hooks in (cfg.reads, cfg.writes))
+        cfg, rows = tallies[0].sae.cfg, {hook: acts[batch].float() for hook, acts in self.rows.items()}
+        x = side_by_side(rows, cfg.reads)
+        y = x if cfg.writes == cfg.reads else side_by_side(rows, cfg.writes)
         for found in tallies:
             found.add_rows(x, y, batch, torch.ones(len(x), 1, dtype=torch.bool, device=x.device))
 

@@ -63,7 +63,8 @@ def main(words: list[str]) -> int:
         return 0
     except KeyboardInterrupt:
         if rank == 0:
-            print(f"main.py: stopped at once; {_how_to_go_on(folder) or 'no state was saved'}", file=sys.stderr)
+            otherwise = "the same command goes on" if words[:1] == [cli.CACHE] else "no state was saved"
+            print(f"main.py: stopped at once; {_how_to_go_on(folder) or otherwise}", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, FloatingPointError) as error:
         hint = _how_to_go_on(folder) if isinstance(error, OSError | MemoryError) else ""

@@ -159,10 +159,10 @@ class BaseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def variance(self, y: Float[Tensor, "batch d_out"]) -> Float[Tensor, "*batch"]:
-        """Give the unit of each row's squared error: its own variance, so that short rows count as much as long ones.
+        """Give the unit of each row's squared error: its own variance, so that rows of small norm count as all do.
 
-        This recovers more of known features than one unit for all rows (benchmarks/ground_truth.py). A transcoder has
-        one unit: the rows in which its target is large explain most of what it does.
+        This recovers more known features than one unit for all rows (benchmarks/ground_truth.py). A transcoder uses one
+        unit, as most of what it does is in the rows with a large target.
         """
         if not self.y_is_x:
             return self.scale.square()
@@ -447,7 +447,7 @@ class VanillaSAE(PenalisedAutoencoder):
         return torch.relu(code.pre)
 
     def variance(self, y: Tensor) -> Tensor:
-        """Measure the error of all rows in one unit, as the L1 norm is: in units of their own it recovers less."""
+        """Measure the errors of all rows in one unit, as the L1 norm is: with one each, fewer features are found."""
         return self.scale.square()
 
     def losses(self, z: Tensor, y: Tensor, code: SparseLatents) -> dict[str, Tensor]:

@@ -88,6 +88,7 @@ def record(cfgs: list[Config], should_stop: Callable[[], bool] = lambda: False) 
     """Write the activations that a sweep reads and writes into its output_dir; see `cache.write`."""
     cfg, folder = cfgs[0], Path(cfgs[0].output_dir)
     ranks.start(cfg.share, cfg.torch_device)
+    require(cfg.output_dir != Config.output_dir, f"output_dir = {cfg.output_dir!r}: give a folder for the activations")
     require(ranks.count() == ranks.world_size(), "share = 'saes': processes share what is recorded; leave it out")
     several = "cache: several streams of activations; give one value to each field of model, text and batches"
     require(len(by_stream(cfgs)) == 1, several)
@@ -95,7 +96,7 @@ def record(cfgs: list[Config], should_stop: Callable[[], bool] = lambda: False) 
     cfgs, model = check(cfgs, folder), load_model(cfg)
     cfgs = [check_hooks(model, c) for c in {(c.reads, c.writes): c for c in cfgs}.values()]
     hooks = len({hook for c in cfgs for hook in c.widths})
-    where = f"{hooks} hook{'s' * (hooks > 1)} of {cfg.model_name} to {folder}"
+    where = f"{hooks} hook{'s' * (hooks > 1)} of {cfg.model_name} into {folder}"
     print(f"recording {cfg.num_steps * cfg.batch_size:,} activations at {where}", flush=True)
     return cache.write(model, cfgs, folder, should_stop)
 

@@ -1,7 +1,7 @@
 """Write transcoders of all layers as the folder from which circuit-tracer builds its replacement model.
 
 Its format: config.yaml, and layer_<n>.safetensors with W_enc [dict_size, d_model], W_dec [dict_size, d_model], b_enc,
-b_dec, the thresholds of a JumpReLU, and W_skip turned round. The hooks are those of circuit-tracer's wrapped
+b_dec, the thresholds of a JumpReLU, and W_skip transposed. The hooks are those of circuit-tracer's wrapped
 HookedTransformer.
 """
 
@@ -11,25 +11,28 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
+from interop.hub import published
 from runtime.checks import require
 from runtime.disk import save_tensors, write_durably
 from sae import BaseAutoencoder
 
 READS = {"mlp_in": "mlp.hook_in", "resid_mid": "hook_resid_mid"}  # ours, and circuit-tracer's
 WRITES = {"mlp_out": "hook_mlp_out"}
+CONFIG = "config.yaml"
 
 
 def save_transcoder_set(transcoders: Sequence[BaseAutoencoder], folder: str | Path) -> None:
-    """Write one transcoder for each layer, from the first on, in any order, into `folder`.
+    """Write one transcoder per layer, 0 to n - 1, given in any order, into `folder`, replacing such a set there.
 
     Put on the Hub, it is what `ReplacementModel.from_pretrained(model_name, "user/repo")` of circuit-tracer takes.
-    Raises: ValueError when a layer is missing, the transcoders differ in model, hooks or size, or are of type topk,
-    which these files cannot hold.
+    Raises: ValueError when a layer is missing, the transcoders differ in model, hooks or size, they are of type topk,
+    which these files cannot hold, or the folder holds anything else; OSError when the disk has no room.
     """
-    by_layer = {sae.cfg.layers[0]: sae for sae in transcoders}
-    layers, first = sorted(by_layer), next(iter(by_layer.values())).cfg
-    each = layers == list(range(len(layers))) and len(layers) == len(transcoders)
-    require(each, f"layers {[*by_layer]}: give one transcoder for each layer, 0 and on")
+    folder, by_layer = Path(folder), {sae.cfg.layers[0]: sae for sae in transcoders}
+    layers = sorted(by_layer)
+    each = layers and layers == list(range(len(transcoders)))
+    require(each, f"layers {[sae.cfg.layer for sae in transcoders]}: give one transcoder for each layer, from 0 on")
+    first = by_layer[0].cfg
     for sae in transcoders:
         cfg = sae.cfg
         fits = cfg.site in READS and cfg.target_site in WRITES
@@ -38,15 +41,18 @@ def save_transcoder_set(transcoders: Sequence[BaseAutoencoder], folder: str | Pa
         require(cfg.sae_type != "topk", f"{cfg.name}: circuit-tracer's files hold no topk; give another type")
         for field in ("model_name", "site", "target_site", "dict_size", "skip"):
             same = getattr(cfg, field) == getattr(first, field)
-            require(same, f"{field} = {getattr(cfg, field)!r} and {getattr(first, field)!r}; give transcoders of one")
+            require(same, f"{field} = {getattr(cfg, field)!r} and {getattr(first, field)!r}; give one for all layers")
+    held = [path.name for path in folder.iterdir()] if folder.exists() else []
+    others = [name for name in held if name != CONFIG and not name.startswith("layer_")]
+    require(not others, f"{folder}: not replaced, as it holds {''.join(others[:1])}; give a new folder")
     config = {
-        "model_name": first.model_name, "model_kind": "transcoder_set",
+        "model_name": published(first).model_name, "model_kind": "transcoder_set",
         "feature_input_hook": READS[first.site], "feature_output_hook": WRITES[first.target_site],
     }  # fmt: skip
 
     def write(path: Path) -> None:
         path.mkdir()
-        (path / "config.yaml").write_text(yaml.safe_dump(config))
+        (path / CONFIG).write_text(yaml.safe_dump(config))
         for layer in layers:
             save_tensors(_tensors(by_layer[layer]), path / f"layer_{layer}.safetensors")
 

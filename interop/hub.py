@@ -36,7 +36,7 @@ def push_to_hub(
     Raises ValueError, one line, when the SAE is not of the sweep or the Hub refuses.
     """
     public = copy.copy(sae)
-    public.cfg = _public(sae.cfg)
+    public.cfg = published(sae.cfg)
     folder = public.cfg.name if folder is None else folder
     repo_and_folder(f"{repo_id}:{folder}")
     card = model_card(sae, repo_id, folder, sweep)
@@ -57,7 +57,7 @@ def model_card(sae: BaseAutoencoder, repo_id: str, folder: str, sweep: str | Pat
 
     Raises ValueError when the sweep's folder does not hold the SAE, or holds it more than once.
     """
-    cfg = _public(sae.cfg)
+    cfg = published(sae.cfg)
     name, hooks = "sparse autoencoder" if cfg.is_sae else cfg.kind, ", ".join(f"`{hook}`" for hook in cfg.reads)
     if cfg.target_site:
         hooks += f", which reconstruct the {cfg.d_out} at `{cfg.writes[0]}`,"
@@ -91,7 +91,7 @@ def _table(title: str, values: dict[str, str]) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
-def _public(cfg: Config) -> Config:
+def published(cfg: Config) -> Config:
     """Keep only the last name of a local model and of local texts, and nothing else of this machine."""
     names = {field: getattr(cfg, field) or "" for field in ("model_name", "dataset_path", "activations", "init_from")}
     local = {

@@ -27,7 +27,7 @@ DESCRIPTION = """Train sparse dictionaries on a transformer's activations.
   python main.py                        the tiny sweep: minutes, no network
   python main.py gpt2 --target-l0 8 16  another sweep, one field at two values
   python main.py list                   the sweeps that have names
-  python main.py cache --output-dir a   its activations, recorded in a folder
+  python main.py cache --output-dir a   record a sweep's activations in a folder
   python main.py --activations a        train on those
   nn-decompositions completion          a script that completes all this in bash
 
@@ -55,6 +55,7 @@ class Parser(argparse.ArgumentParser):
 def parse(words: list[str]) -> Options:
     """Read the words. Raises ValueError at an option, a sweep, a file or a value that does not exist."""
     is_cache = words[:1] == [CACHE]
+    require(CACHE not in words[1:], f"{CACHE}: give it first, and once")
     dashed = [
         re.sub("^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in words[is_cache:]
     ]  # W&B: --target_l0=16
@@ -84,7 +85,7 @@ def parse(words: list[str]) -> Options:
 def answer(words: list[str]) -> str | None:
     """Write the text that the words ask for in place of a run, if they do: help, the sweeps, completion."""
     if {"-h", "--help"} & set(words):
-        first = next((word for word in words if word not in ("-h", "--help")), DEFAULT_SWEEP)
+        first = next((word for word in words if word not in (CACHE, "-h", "--help")), DEFAULT_SWEEP)
         return _parser(first if first in SWEEPS else DEFAULT_SWEEP).format_help().rstrip()
     return TEXTS[words[0]]() if len(words) == 1 and words[0] in TEXTS else None
 

@@ -96,6 +96,27 @@ def test_the_last_tenth_of_the_blocks_is_held_out_and_evaluated_on_evenly() -> N
     assert len(few) == 4 * BLOCK and len({*starts}) == 4
 
 
+@pytest.mark.parametrize("batch_size", [60, 70])
+def test_an_epoch_ends_before_the_next_begins(batch_size: int) -> None:
+    """Every row is served once before any is served again, but for the rest that fills no batch."""
+    store, hook = TensorStore(numbered(D), cfgs=[config(batch_size=batch_size)]), config().hook_name
+    batches = TRAINED // batch_size
+    for epoch in (1, 2):
+        seen = serve(store, batches, hook)
+        assert len({*seen}) > len(seen) - epoch * batch_size and (epoch > 1 or len({*seen}) == len(seen))
+
+
+def test_rows_of_tensors_in_training_are_served_without_their_graph() -> None:
+    assert not TensorStore(numbered(D).requires_grad_(), cfgs=[config()]).next_batch()[config().hook_name].requires_grad
+
+
+def test_a_state_of_other_rows_is_refused() -> None:
+    store = TensorStore(numbered(D), cfgs=[config()])
+    store.next_batch()
+    with pytest.raises(ValueError, match=r"activations: 3000 rows, and 4000 when training began; give those of then"):
+        TensorStore(numbered(D)[:3000], cfgs=[config()], state=store.state)
+
+
 def test_seed_decides_the_order() -> None:
     orders = [serve(TensorStore(numbered(D), cfgs=[config(text_seed=s)]), 9, config().hook_name) for s in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
@@ -159,11 +180,28 @@ BAD = {
     "no files": (lambda folder: dict(x=folder), ["holds no .safetensors files", "give a folder"]),
     "width": (lambda _: dict(x=torch.zeros(900, 5)), ["activations: x = torch.float32 [900, 5]", "[row, 6]"]),
     "dimensions": (lambda _: dict(x=torch.zeros(9, 9, 6)), ["x = torch.float32 [9, 9, 6]", "[row, 6]"]),
-    "integers": (lambda _: dict(x=np.zeros((900, 6), int)), ["x = int64 [900, 6]", "floating-point"]),
+    "integers": (lambda _: dict(x=np.zeros((900, 6), int)), ["x = int64 [900, 6]", "float16, bfloat16"]),
     "no rows": (lambda _: dict(x=torch.zeros(0, 6)), ["x = torch.float32 [0, 6]"]),
-    "few rows": (lambda _: dict(x=torch.zeros(BLOCK, 6)), ["1 blocks of up to 256 rows", "give more"]),
+    "few rows": (lambda _: dict(x=torch.zeros(BLOCK, 6)), ["256 rows are too few", "give 256 for each process"]),
     "another hook": (lambda _: dict(x={"blocks.3.hook_resid_pre": torch.zeros(900, 6)}), ["no blocks.2."]),
-    "no y": (lambda _: dict(x=torch.zeros(900, 6), cfgs=[config(**TRANSCODER)]), [f"no {Y} in x", "each hook"]),
+    "no y": (lambda _: dict(x=torch.zeros(900, 6), cfgs=[config(**TRANSCODER)]), [f"no {Y} in x", "by its name"]),
+    "a list": (lambda _: dict(x=[[1.0] * 6] * 900), ["x = list", "[row, 6]"]),
+    "long doubles": (lambda _: dict(x=np.zeros((900, 6), np.longdouble)), ["x = float128", "float64"]),
+    "y beside names": (
+        lambda _: dict(x={"x": torch.zeros(900, 6)}, y=torch.zeros(900, 4)),
+        ["y: x holds the rows of each hook", "leave y out"],
+    ),
+    "x of two layers": (
+        lambda _: dict(x=torch.zeros(900, 6), cfgs=[config(layer=0), config(layer=1)]),
+        ["no blocks.0.hook_resid_pre in x"],
+    ),
+    "x of a crosscoder": (lambda _: dict(x=torch.zeros(900, 6), cfgs=[config(layer=(0, 1))]), ["no blocks.0."]),
+    "no Config": (lambda _: dict(x=torch.zeros(900, 6), cfgs=[]), ["cfgs: give one or several"]),
+    "two streams": (
+        lambda _: dict(x=torch.zeros(900, 6), cfgs=[config(), config(batch_size=30)]),
+        ["cfgs: give one or several, alike in"],
+    ),
+    "no width": (lambda _: dict(x=torch.zeros(900, 6), cfgs=[config(act_size=None)]), ["act_size = None: give"]),
     "lengths": (
         lambda _: dict(x=torch.zeros(900, 6), y=torch.zeros(901, 4), cfgs=[config(**TRANSCODER)]),
         ["900 and 901 rows", "as many"],

@@ -256,9 +256,10 @@ def test_circuit_tracer_reads_a_transcoder_for_each_layer(
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ([{}, {}], "layers [0]: give one transcoder for each layer"),
+        ([], "layers []: give one transcoder for each layer, from 0 on"),
+        ([{}, {}], "layers [0, 0]: give one transcoder for each layer"),
         ([{}, {"layer": 2}], "layers [0, 2]: give one transcoder for each layer"),
-        ([{}, {"layer": 1, "dict_size": 32}], "dict_size = 32 and 64; give transcoders of one"),
+        ([{}, {"layer": 1, "dict_size": 32}], "dict_size = 32 and 64; give one for all layers"),
         ([{"target_site": None, "target_size": None}], "reads mlp_in and writes mlp_in; give transcoders from mlp_in"),
         ([{"sae_type": "topk"}], "circuit-tracer's files hold no topk; give another type"),
     ],
@@ -268,3 +269,16 @@ def test_what_circuit_tracer_cannot_read_is_refused(tmp_path: Path, changes: lis
     with pytest.raises(ValueError, match=re.escape(expected)):
         save_transcoder_set([make(norm=False, **common | change) for change in changes], tmp_path / "set")
     assert not (tmp_path / "set").exists()
+
+
+def test_circuit_tracers_folder_replaces_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    hooks = dict(layer=0, site="mlp_in", target_site="mlp_out", target_size=WIDTH)
+    sae = make("batchtopk", False, model_name=str(tmp_path / "m"), **hooks)
+    for _ in range(2):
+        save_transcoder_set([sae], tmp_path / "set")
+    assert "model_name: m\n" in (tmp_path / "set" / "config.yaml").read_text()
+    (tmp_path / "set" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"not replaced, as it holds thesis.tex; give a new folder"):
+        save_transcoder_set([sae], tmp_path / "set")
+    assert (tmp_path / "set" / "thesis.tex").exists()
