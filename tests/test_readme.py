@@ -21,7 +21,7 @@ from sae import build_sae
 ROOT = Path(results.__file__).parent
 PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMAND = re.compile(r"\b(?:python|torchrun)\b[^`\n]*?\b(main|results)\.py\b([^`\n)]*)")
-BENCHMARKS = ("step", "stream", "sweep", "dashboard", "ground_truth", "findings", "quality")
+BENCHMARKS = ("step", "stream", "recorded", "sweep", "dashboard", "ground_truth", "findings", "quality")
 COMMANDS = [
     (program, shlex.split(words, comments=True))
     for name in ("README.md", "CLAUDE.md")
