@@ -272,6 +272,15 @@ def test_two_decodings_and_two_backward_passes_share_gradient_memory(dead: list[
             assert_close(p.grad, leaves[name].grad, **EXACT, msg=f"{name} after {seed + 1}")
 
 
+@all_types
+def test_rows_near_a_constant_do_not_outweigh_all_others(sae_type: str) -> None:
+    """The unit of a row's squared error is its variance, here 4, but a tenth of s^2 at least; Vanilla's is s^2."""
+    sae, row = make_sae(sae_type), torch.tensor([2.0, -2.0] * (D // 2), dtype=torch.float64)
+    units = [1.7**2] * 3 if sae_type == "vanilla" else [4, 1.7**2 / 10, 1.7**2 / 10]
+    found = sae.variance(torch.stack([row + 5, 0.01 * row + 5, 0 * row]))
+    assert_close(found.expand(3), torch.tensor(units, dtype=torch.float64))
+
+
 # ---- JumpReLU ----
 
 
