@@ -1,9 +1,13 @@
 """Look at a dictionary's latents: how often they fire, how near to each other they are, and which come back."""
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from pandas import DataFrame
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -14,6 +18,24 @@ from runtime.checks import require
 from sae import BaseAutoencoder
 
 COMPARED = 1 << 26  # cosines at a time: 256 MB
+BEFORE, AFTER = 12, 4  # tokens of a context, around the one on which a latent fires
+LEAST_DENSITY = 1e-6  # of a latent that never fired
+
+
+def _encoded(
+    sae: BaseAutoencoder, model: Model, tokens: Int[Tensor, "window pos"]
+) -> Iterator[tuple[Int[Tensor, "window pos"], Bool[Tensor, "window pos"], Float[Tensor, "position dict_size"]]]:
+    """Yield some windows at a time, their ordinary positions, and the latents there as in evaluation.
+
+    Raises: ValueError when the tokens do not fit the model or are special ones only.
+    """
+    check_tokens(model, tokens)
+    require(ordinary_positions(tokens, model.tokenizer).any(), f"tokens = {list(tokens.shape)}: special ones only")
+    hooks = sae.cfg.reads
+    for batch in batches(tokens.to(model.cfg.device), sae.cfg.dict_size):
+        ordinary = ordinary_positions(batch, model.tokenizer)
+        x = side_by_side(record(model, batch, hooks), hooks)[ordinary]
+        yield batch, ordinary, sae.encode(x.to(sae.W_dec.device)) if len(x) else x.new_zeros(0, sae.cfg.dict_size)
 
 
 @torch.no_grad()
@@ -24,17 +46,81 @@ def feature_density(
 
     Raises: ValueError when the tokens do not fit the model or are special ones only.
     """
-    check_tokens(model, tokens)
-    device, hooks = sae.W_dec.device, sae.cfg.reads
-    fired, positions = torch.zeros(sae.cfg.dict_size, dtype=torch.int64, device=device), 0
-    for batch in batches(tokens.to(model.cfg.device), sae.cfg.dict_size):
-        ordinary = ordinary_positions(batch, model.tokenizer)
-        if ordinary.any():
-            x = side_by_side(record(model, batch, hooks), hooks)[ordinary]
-            fired += (sae.encode(x.to(device)) > 0).sum(dim=0)
-            positions += int(ordinary.sum())
-    require(positions, f"tokens = {list(tokens.shape)}: special ones only; give text")
+    fired, positions = torch.zeros(sae.cfg.dict_size, dtype=torch.int64, device=sae.W_dec.device), 0
+    for *_, latents in _encoded(sae, model, tokens):
+        fired += (latents > 0).sum(dim=0)
+        positions += len(latents)
     return fired / positions
+
+
+@torch.no_grad()
+def top_contexts(
+    sae: BaseAutoencoder, model: Model, tokens: Int[Tensor, "window pos"], latents: Sequence[int], count: int = 10
+) -> DataFrame:
+    """Find where latents fire most on a text: a row for each place, up to `count` of each latent, the strongest first.
+
+    Columns: latent, activation, window, position, token, and context, the text around it with the token in brackets.
+    Raises: ValueError when a latent is none or the tokens do not fit the model.
+    """
+    _check_latents(sae, latents)
+    acts = torch.zeros(*tokens.shape, len(latents))
+    done = 0
+    for _, ordinary, encoded in _encoded(sae, model, tokens):
+        acts[done : done + len(ordinary)][ordinary.cpu()] = encoded[:, list(latents)].cpu()
+        done += len(ordinary)
+    rows = []
+    for latent, values in zip(latents, acts.flatten(0, 1).T):
+        for place in values.topk(min(count, len(values))).indices.tolist():
+            if values[place] > 0:
+                window, position = divmod(place, tokens.shape[1])
+                context = _around(model, tokens[window], position)
+                token = model.to_string(tokens[window, position : position + 1])
+                rows.append((latent, float(values[place]), window, position, token, context))
+    return DataFrame(rows, columns=["latent", "activation", "window", "position", "token", "context"])
+
+
+def _around(model: Model, tokens: Int[Tensor, "pos"], position: int) -> str:
+    """Write the text around a position, with its token in brackets."""
+    edges = max(1, position - BEFORE), position, position + 1, position + 1 + AFTER
+    parts = [tokens[start:stop] for start, stop in pairwise(edges)]
+    before, here, after = (model.to_string(part) if len(part) else "" for part in parts)
+    return f"{before}[{here}]{after}"
+
+
+def _check_latents(sae: BaseAutoencoder, latents: Sequence[int]) -> None:
+    last = sae.cfg.dict_size - 1
+    wrong = [latent for latent in latents if not 0 <= latent <= last]
+    require(not wrong, f"latents = {wrong[:1]}: there is none; give numbers from 0 to {last}")
+
+
+@torch.no_grad()
+def find_latents(
+    sae: BaseAutoencoder,
+    model: Model,
+    text: str | Int[Tensor, "window pos"],
+    density: Float[Tensor, "dict_size"],
+    count: int = 20,
+) -> DataFrame:
+    """Find the latents that fire on a text and seldom elsewhere, the most telling first.
+
+    density: how often each fires on any text, from `feature_density`. Columns: latent; activation, its largest; token,
+    where that is; share, of the text's tokens on which it fires; density; and nats, share * ln(share / density), what
+    the text says of the latent, by which they are ordered. Raises: ValueError when the tokens do not fit the model.
+    """
+    tokens = model.to_tokens(text, prepend_bos=True) if isinstance(text, str) else text
+    found = [(batch[ordinary], acts) for batch, ordinary, acts in _encoded(sae, model, tokens)]
+    ids, acts = (torch.cat(parts).cpu() for parts in zip(*found))
+    share = (acts > 0).double().mean(dim=0)
+    nats = share * (share / density.cpu().double().clamp_min(LEAST_DENSITY)).log()
+    nats[share == 0] = -torch.inf
+    strongest, places = acts.max(dim=0)
+    latents = nats.topk(min(count, int((share > 0).sum()))).indices
+    columns = {
+        "latent": latents, "activation": strongest[latents],
+        "token": [model.to_string(ids[place : place + 1]) for place in places[latents].tolist()],
+        "share": share[latents], "density": density.cpu()[latents], "nats": nats[latents],
+    }  # fmt: skip
+    return DataFrame(columns)
 
 
 @torch.no_grad()
@@ -52,6 +138,22 @@ def nearest_latents(
         cosines[torch.arange(len(some)), some] = -torch.inf
         found.append(cosines.topk(min(count, len(rows) - 1)))
     return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
+
+
+@torch.no_grad()
+def match(a: BaseAutoencoder, b: BaseAutoencoder) -> DataFrame:
+    """Find the latent of b nearest to each latent of a, by the cosine of their decoder rows.
+
+    Columns: latent, nearest, cosine. `matched_cosines` matches them one to one. Raises: ValueError when they write
+    activations of different widths.
+    """
+    wide = f"b: writes {b.cfg.d_out} activations, and a {a.cfg.d_out}; give dictionaries of one hook"
+    require(a.cfg.d_out == b.cfg.d_out, wide)
+    theirs, found = F.normalize(b.W_dec, dim=1), []
+    for rows in F.normalize(a.W_dec, dim=1).split(max(1, COMPARED // len(theirs))):
+        found.append((rows @ theirs.t()).max(dim=1))
+    columns = {name: torch.cat(parts).cpu() for name, parts in zip(("cosine", "nearest"), zip(*found))}
+    return DataFrame({"latent": range(len(a.W_dec)), "nearest": columns["nearest"], "cosine": columns["cosine"]})
 
 
 @torch.no_grad()

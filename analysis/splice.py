@@ -13,21 +13,25 @@ the first `out`.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from pandas import DataFrame
 from torch import Tensor, nn
 
-from language_model import Model, ordinary_positions, replacing
+from evaluation import HeldOut, Predictions, ce, kl, top1_agreement
+from language_model import Model, logits_at, ordinary_positions, replacing
 from runtime.checks import require
 from sae import BaseAutoencoder
 
-Latent = tuple[str, int]
-"""The hook of an SAE, such as "blocks.2.hook_resid_pre", and the number of one of its latents."""
+EFFECTS = 5  # tokens that a latent's absence makes less likely, and as many that it makes more likely
+
+Latent = tuple[str, int | tuple[int, ...]]
+"""The hook of an SAE, such as "blocks.2.hook_resid_pre", and the number of one of its latents, or of several."""
 
 
 @contextlib.contextmanager
@@ -134,8 +138,37 @@ def _beside(
         said, pair = f"{field} = {{{latent!r}: {number}}}:", isinstance(latent, tuple) and len(latent) == 2
         require(pair, f"{said} give latents as (hook, number), such as ('blocks.2.hook_mlp_out', 17)")
         require(math.isfinite(number), f"{said} give a finite number")
-        hook, index = latent
+        hook, indices = latent
         require(hook in rows, f"{said} no SAE here reads {hook}; give one of {', '.join(rows)}")
-        require(0 <= index < len(rows[hook]), f"{said} the SAE there has latents 0 to {len(rows[hook]) - 1}")
-        rows[hook][index] = number
+        for index in indices if isinstance(indices, tuple) else (indices,):
+            require(0 <= index < len(rows[hook]), f"{said} the SAE there has latents 0 to {len(rows[hook]) - 1}")
+            rows[hook][index] = number
     return rows
+
+
+@torch.no_grad()
+def ablation_table(
+    model: Model, sae: BaseAutoencoder, tokens: Int[Tensor, "window pos"], latents: Sequence[int]
+) -> DataFrame:
+    """Measure what the model predicts without each of some latents, one at a time, on windows of tokens.
+
+    Columns, over all predictions: latent; ce_change, the rise of the cross-entropy in nats; kl, from the predictions
+    with the latent; changed, the share whose likeliest token is another; loses and gains, the tokens whose log
+    probability falls and rises most on average. The SAE's error is left in, so that the latent alone is missing.
+    Raises: ValueError when a latent is none or the tokens do not fit the model.
+    """
+    held_out, hook, rows = HeldOut(model, tokens), sae.cfg.hook_name, []
+    for latent in latents:
+        totals, shift = torch.zeros(3, dtype=torch.float64), 0
+        for batch in held_out.batches:
+            clean = Predictions.of(batch.targets, logits_at(model, batch.tokens, batch.predicts).float())
+            with splice(model, sae, error_term=True, scale={(hook, latent): 0.0}):
+                logits = logits_at(model, batch.tokens, batch.predicts).float()
+            seen = Predictions.of(batch.targets, logits, clean)
+            metrics = ce(seen) - ce(clean), kl(seen), 1 - top1_agreement(seen)
+            totals += torch.stack([metric.double().sum() for metric in metrics]).cpu()
+            shift = shift + (logits.log_softmax(dim=1) - clean.logits.log_softmax(dim=1)).double().sum(dim=0)
+        moved = [model.to_string(shift.topk(EFFECTS, largest=up).indices[:, None]) for up in (False, True)]
+        count = sum(int(batch.predicts.sum()) for batch in held_out.batches)
+        rows.append((latent, *(totals / count).tolist(), *moved))
+    return DataFrame(rows, columns=["latent", "ce_change", "kl", "changed", "loses", "gains"])

@@ -50,7 +50,8 @@ def test_python(here: Path) -> None:
         exec(block, names)
     assert names["latents"].shape == (*names["tokens"].shape, 64) and len(names["features"]) == 5
     assert not torch.equal(names["ablated"], names["logits"])
-    assert names["density"].sum() == pytest.approx(8, abs=1e-4)
+    assert names["density"].sum() == pytest.approx(8, abs=1e-4) and len(names["contexts"]) > 3
+    assert (names["nearest"]["cosine"] > 0.999).all() and (names["without"]["kl"] >= 0).all()
     assert sorted(path.name for path in (here / "runs" / "<sweep>").glob("density.*")) == ["density.pdf", "density.png"]
 
 
