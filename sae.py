@@ -133,6 +133,19 @@ class BaseAutoencoder(nn.Module):
         self.l1_coeff = cfg.l1_coeff  # a trainer lets it rise
         self.lent = Lent()
 
+    @property
+    def dict_size(self) -> int:
+        """Number of latents. This, d_in and d_out are what other libraries' evaluations ask a dictionary for."""
+        return self.cfg.dict_size
+
+    @property
+    def d_in(self) -> int:
+        return self.cfg.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.cfg.d_out
+
     def extra_repr(self) -> str:
         cfg = self.cfg
         hooks = ", ".join(dict.fromkeys((*cfg.reads, *cfg.writes)))

@@ -25,6 +25,7 @@ from sae import BaseAutoencoder, Lent, SAEOutput
 
 THRESHOLD_LR = 3  # of JumpReLU's thresholds, in units of the other parameters' learning rate
 MISSED = 0.05  # of target_l0, more than which is said
+SILENT_SECONDS = 60  # without a line, at most, where no bar is shown
 FIRST_SAVE_SECONDS = 60  # into a run, the first time that its state is saved
 
 
@@ -221,6 +222,7 @@ class _Loop:
         state.clear()  # gigabytes, perhaps
         bar = progress_bar(cfg, first)
         started, in_steps, in_lap = time.perf_counter(), 0.0, 0.0
+        spoken = started
         for step in range(first, cfg.num_steps):
             done, began = step + 1, time.perf_counter()
             is_last_step = done == cfg.num_steps
@@ -250,11 +252,13 @@ class _Loop:
             if is_eval_step:
                 with self._saving_on_failure(step, self.store.put_back):  # a resumed run repeats the evaluation alone
                     self._evaluate(done)
-            if is_eval_step and not is_last_step:
-                left = (time.perf_counter() - started) / (done - first) * (cfg.num_steps - done)
-                found = _ranges(self.results, {"l0": "L0", "explained_variance": "expl. var."})
-                tqdm.write(f"step {done:,}, {tqdm.format_interval(left)} left: {found}")
+            now = time.perf_counter()
+            if not is_last_step and (is_eval_step or (bar.disable and now - spoken > SILENT_SECONDS)):
+                left = tqdm.format_interval((now - started) / (done - first) * (cfg.num_steps - done))
+                found = _ranges(self.results, {"l0": "L0", "explained_variance": "expl. var."}) if is_eval_step else ""
+                tqdm.write(f"step {done:,}, {left} left{': ' * is_eval_step}{found}")
                 sys.stdout.flush()  # a log file has it at once
+                spoken = now
             if (asked or is_due) and not is_last_step and log is not None:
                 self._save_state(done)
             if asked and not is_last_step:

@@ -98,6 +98,10 @@ class SparseLatents:
         """The row of every entry."""
         return self._rows[1].rows
 
+    def __repr__(self) -> str:
+        l0 = float((self.values > 0).sum()) / len(self)
+        return f"SparseLatents({len(self)} rows, L0 {l0:.1f}; values, indices, offsets, to_dense())"
+
     def __len__(self) -> int:
         return len(self.acts) if self.support is None else len(self.support.offsets) - 1
 

@@ -281,6 +281,15 @@ def test_rows_near_a_constant_do_not_outweigh_all_others(sae_type: str) -> None:
     assert_close(found.expand(3), torch.tensor(units, dtype=torch.float64))
 
 
+@all_types
+def test_a_dictionary_and_its_latents_say_what_they_are(sae_type: str) -> None:
+    sae = make_sae(sae_type, target_site="mlp_out", target_size=4).eval()
+    assert (sae.d_in, sae.dict_size, sae.d_out) == (D, F, 4)
+    latents = sae(rows(B)).latents
+    l0 = float((sae.encode(rows(B)) > 0).sum()) / B
+    assert repr(latents) == f"SparseLatents({B} rows, L0 {l0:.1f}; values, indices, offsets, to_dense())"
+
+
 # ---- JumpReLU ----
 
 

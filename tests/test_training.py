@@ -363,6 +363,18 @@ def test_saes_trained_together_are_those_trained_alone(no_model: None) -> None:
             assert torch.equal(value, expected), (cfg.name, name)
 
 
+def test_a_log_file_has_a_line_at_least_every_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    """Here at once; with evaluations the line has their metrics."""
+    monkeypatch.setattr(training, "SILENT_SECONDS", 0)
+    (sae,) = [build_sae(config("topk", num_tokens=4 * B, perf_log_freq=2))]
+    train([sae], Store(sae.cfg))
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"step 1, \d\d:\d\d left", first) and re.fullmatch(r"step 3, \d\d:\d\d left", third)
+    assert re.fullmatch(r"step 2, \d\d:\d\d left: L0 1, expl\. var\. 0\.5", second)
+
+
 def test_num_tokens_is_whole_batches_and_each_trains_every_sae_once(no_model: None) -> None:
     cfg = config(num_tokens=10 * B + B - 1)
     saes, store = [build_sae(cfg), build_sae(config("batchtopk", num_tokens=cfg.num_tokens))], Store(cfg)

@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from datasets import Dataset
+from dictionary_learning.evaluation import evaluate as dictionary_learning_evaluate
 from hub_server import standing_in
 from sae_bench.evals.core import main as sae_bench_core
 from sae_bench.evals.core.eval_config import CoreEvalConfig
@@ -282,3 +283,22 @@ def test_circuit_tracers_folder_replaces_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not replaced, as it holds thesis.tex; give a new folder"):
         save_transcoder_set([sae], tmp_path / "set")
     assert (tmp_path / "set" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("sae_type", SAE_TYPES)
+def test_dictionary_learning_evaluates_ours(sae_type: str) -> None:
+    """It calls dictionary(x, output_features=True), so ours take a line around them; the sizes they tell themselves."""
+    sae = make(sae_type, False)
+    x = 3 * torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(2)) + 0.5
+
+    class Theirs:
+        dict_size, activation_dim = sae.dict_size, sae.d_in
+
+        def __call__(self, x: torch.Tensor, output_features: bool) -> tuple[torch.Tensor, torch.Tensor]:
+            return sae(x).sae_out, sae.encode(x)
+
+    found = dictionary_learning_evaluate(Theirs(), iter([x]))
+    out = sae(x).sae_out
+    expected = 1 - (x - out).var(dim=0).sum() / x.var(dim=0).sum()
+    assert found["frac_variance_explained"] == pytest.approx(float(expected), abs=1e-5)
+    assert found["l0"] == pytest.approx(float((sae.encode(x) > 0).sum(dim=1).float().mean()))
