@@ -243,6 +243,8 @@ class TensorStore(Store):
         (reads, writes), *others = {(cfg.reads, cfg.writes) for cfg in cfgs}
         self._named = {} if others or len(reads) > 1 else {writes[0]: "y", reads[0]: "x"}
         require(y is None or isinstance(x, Rows), "y: x holds the rows of each hook by its name; leave y out")
+        unread = "y: these Configs write what they read; give them a target_site, such as mlp_out, and target_size"
+        require(y is None or "y" in self._named.values(), unread)
         if isinstance(x, str | Path):
             parts = _files(Path(x))
         else:

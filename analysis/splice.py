@@ -168,7 +168,10 @@ def ablation_table(
             metrics = ce(seen) - ce(clean), kl(seen), 1 - top1_agreement(seen)
             totals += torch.stack([metric.double().sum() for metric in metrics]).cpu()
             shift = shift + (logits.log_softmax(dim=1) - clean.logits.log_softmax(dim=1)).double().sum(dim=0)
-        moved = [model.to_string(shift.topk(EFFECTS, largest=up).indices[:, None]) for up in (False, True)]
+        moved = []
+        for sign in (-1, 1):
+            most, ids = (sign * shift).topk(EFFECTS)
+            moved.append(model.to_string(ids[most > 0][:, None]) if (most > 0).any() else [])
         count = sum(int(batch.predicts.sum()) for batch in held_out.batches)
         rows.append((latent, *(totals / count).tolist(), *moved))
     return DataFrame(rows, columns=["latent", "ce_change", "kl", "changed", "loses", "gains"])

@@ -109,6 +109,7 @@ def test_ablation_table_against_the_model_spliced_by_hand(
             shift = (model(tokens)[:, 1:-1].double().log_softmax(dim=-1) - clean).sum(dim=(0, 1))
         assert row.loses == [model.to_string(token[None]) for token in shift.topk(5, largest=False).indices]
         assert row.gains == [model.to_string(token[None]) for token in shift.topk(5).indices]
+    assert table["loses"].iloc[2] == table["gains"].iloc[2] == []
     assert table["kl"].iloc[0] > 1e-3 and abs(table["kl"].iloc[2]) < 1e-6
 
 

@@ -191,6 +191,10 @@ BAD = {
         lambda _: dict(x={"x": torch.zeros(900, 6)}, y=torch.zeros(900, 4)),
         ["y: x holds the rows of each hook", "leave y out"],
     ),
+    "y of an SAE": (
+        lambda _: dict(x=torch.zeros(900, 6), y=torch.zeros(900, 4)),
+        ["y: these Configs write what they read", "target_size"],
+    ),
     "x of two layers": (
         lambda _: dict(x=torch.zeros(900, 6), cfgs=[config(layer=0), config(layer=1)]),
         ["no blocks.0.hook_resid_pre in x"],
