@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config
+from config import Config, widths_of
 from evaluation import HeldOut, HeldOutRows
 from language_model import Model, ordinary_positions, record
 from runtime import ranks
@@ -82,7 +82,7 @@ class Store:
         self.model, self.cfg = model, (cfg := cfgs[0])
         self.capacity = cfg.num_batches_in_buffer * cfg.model_batch_size * (cfg.seq_len - 1)
         self.batch_size = cfg.batch_size // ranks.count()
-        self.hooks = {hook: width for c in cfgs for hook, width in c.widths.items()}
+        self.hooks = widths_of(cfgs)
         self._device, dtype = cfg.torch_device, getattr(torch, cfg.dtype)
         check_buffer(cfg, self.capacity, sum(self.hooks.values()) * dtype.itemsize)
         make = dict(dtype=dtype, device=self._device)

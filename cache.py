@@ -7,7 +7,6 @@ acts/
     manifest.json                 what was recorded: "config", "hooks" with their widths, "files" with their rows
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,12 +18,12 @@ import torch
 from torch import Tensor
 
 from activation_store import MANIFEST, ActivationsStore
-from config import Config, Stream
+from config import Config, Stream, widths_of
 from language_model import Model
 from runtime import ranks
 from runtime.checks import explained, parse_json, require
 from runtime.cli import written
-from runtime.disk import load_state, save_state, save_tensors, write_durably
+from runtime.disk import existing, load_state, save_state, save_tensors, sha256, write_durably
 from training import progress_bar
 
 FILE_BYTES = 1 << 29  # of a file's rows, at most
@@ -67,21 +66,38 @@ def write(
     Raises: ValueError when the folder holds anything else or has no room, or an activation is not finite; OSError when
     nothing can be written.
     """
-    cfg, hooks, saved = cfgs[0], {h: w for c in cfgs for h, w in c.widths.items()}, _resume_file(folder, ranks.rank())
+    cfg, manifest = cfgs[0], folder / MANIFEST
     stream = {field: getattr(cfg, field) for field in Stream.__dataclass_fields__}
-    of = {"config": stream, "hooks": hooks, "processes": ranks.count()}
+    of = {"config": stream, "hooks": widths_of(cfgs), "processes": ranks.count()}
+    saved = _resume_file(folder, ranks.rank())
     state = load_state(saved) if saved.exists() else {}
-    is_done = (folder / MANIFEST).exists()
-    begun = parse_json((folder / MANIFEST).read_bytes(), str(folder / MANIFEST)) if is_done else state.get("of", of)
-    _check_folder(folder, of, begun)
-    row_bytes = sum(hooks.values()) * getattr(torch, cfg.dtype).itemsize
+    is_done = manifest.exists()
+    _check_folder(folder, of, parse_json(manifest.read_bytes(), str(manifest)) if is_done else state.get("of", of))
+    stopped = None if is_done else _record(model, cfgs, folder, of, state, should_stop)
+    is_whole = ranks.meet(stopped is not None, should_stop)
+    if is_whole and ranks.rank() == 0:
+        if not is_done:
+            _finish(folder, of)
+        for file in folder.glob("resume-*.state"):
+            file.unlink()
+    return stopped or (None if is_whole else "other processes were stopped")
+
+
+def _record(
+    model: Model,
+    cfgs: Sequence[Config],
+    folder: Path,
+    of: dict[str, Any],
+    state: dict[str, Any],
+    should_stop: Callable[[], bool],
+) -> str | None:
+    """Write this process's files, on from a state; return None, or how far it came until it stopped."""
+    cfg, row_bytes = cfgs[0], sum(of["hooks"].values()) * getattr(torch, cfgs[0].dtype).itemsize
     store = ActivationsStore(model, cfgs, state.get("store"))
-    if is_done:
-        state = {"step": cfg.num_steps}
-    elif not state:
+    if not state:
         _check_room(folder, cfg, row_bytes, store.capacity)
         state = {"of": of, "step": 0, "files": {}, "sums": {}}
-    steps_in_file, batches, stopped = max(1, FILE_BYTES // (store.batch_size * row_bytes)), [], False
+    steps_in_file, batches = max(1, FILE_BYTES // (store.batch_size * row_bytes)), []
     bar = progress_bar(cfg, state["step"])
     for step in range(state["step"] + 1, cfg.num_steps + 1):
         batches.append(store.next_batch())
@@ -91,18 +107,12 @@ def write(
             name = f"rows-{ranks.rank():03}-{len(state['files']):05}.safetensors"
             state["sums"][name] = _write_file(folder / name, batches, cfg.dtype)
             state["files"][name], state["step"], batches = len(batches) * store.batch_size, step, []
-            save_state(state | {"store": store.state}, saved)
+            save_state(state | {"store": store.state}, _resume_file(folder, ranks.rank()))
         if stopped:
-            break
+            bar.close()
+            return f"stopped after {step * cfg.batch_size:,} of {cfg.num_steps * cfg.batch_size:,} activations"
     bar.close()
-    is_whole = ranks.meet(stopped, should_stop)
-    if is_whole and ranks.rank() == 0:
-        if not is_done:
-            _finish(folder, of)
-        for file in folder.glob("resume-*.state"):
-            file.unlink()
-    how_far = f"stopped after {state['step'] * cfg.batch_size:,} of {cfg.num_steps * cfg.batch_size:,} activations"
-    return how_far if stopped else None if is_whole else "other processes were stopped"
+    return None
 
 
 def _write_file(file: Path, batches: list[dict[str, Tensor]], dtype: str) -> str:
@@ -112,8 +122,7 @@ def _write_file(file: Path, batches: list[dict[str, Tensor]], dtype: str) -> str
         finite = f"dtype = {dtype!r}: at {hook} are activations that are not finite; give another"
         require(torch.stack(acts.aminmax()).isfinite().all(), finite)
     write_durably(file, partial(save_tensors, rows))
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return sha256(file)
 
 
 def _resume_file(folder: Path, rank: int) -> Path:
@@ -131,9 +140,8 @@ def _check_folder(folder: Path, of: dict[str, Any], begun: dict[str, Any]) -> No
 
 
 def _check_room(folder: Path, cfg: Config, row_bytes: int, capacity: int) -> None:
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     states = 2 * ranks.count() * capacity * row_bytes  # to go on from; twice, while one is replaced
-    needed, free = cfg.num_tokens * row_bytes + states, shutil.disk_usage(existing).free
+    needed, free = cfg.num_tokens * row_bytes + states, shutil.disk_usage(existing(folder)).free
     fits = f"num_tokens = {cfg.num_tokens}: they take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free"
     require(needed < free, f"{fits}; give at most {(free - states) // row_bytes}, or another output_dir")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import Config
 from runtime.checks import explained, parse_json, require
-from runtime.disk import save_tensors, write_durably
+from runtime.disk import save_tensors, sha256, write_durably
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 
 CFG, WEIGHTS, COUNTERS = "cfg.json", "sae_weights.safetensors", "counters.safetensors"
@@ -46,7 +46,7 @@ def save_checkpoint(sae: BaseAutoencoder, path: str | Path) -> None:
         for file, tensors in files.items():
             save_tensors(tensors, folder / file)
         cfg = _sae_lens_cfg(sae) | {"nn_decompositions": sae.cfg.to_dict()}
-        cfg["sha256"] = {file: _sha256(folder / file) for file in files}
+        cfg["sha256"] = {file: sha256(folder / file) for file in files}
         (folder / CFG).write_text(json.dumps(_signed(cfg), indent=2))
 
     write_durably(path, write)
@@ -71,7 +71,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Bas
     for file in (WEIGHTS, COUNTERS):
         require((path / file).is_file(), f"{path / file}: no such file; the checkpoint is incomplete")
         damaged = f"{path / file}: does not match its SHA-256 in {CFG}; it is damaged, or of another SAE"
-        require(_sha256(path / file) == saved["sha256"].get(file), damaged)
+        require(sha256(path / file) == saved["sha256"].get(file), damaged)
 
     state: dict[str, Tensor] = {}
     for file, like in _tensors(sae).items():
@@ -147,11 +147,6 @@ def _sae_lens_cfg(sae: BaseAutoencoder) -> dict[str, Any]:
             "training_architecture": cfg.sae_type,
         },
     }
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _signed(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -361,6 +362,11 @@ def number_of(cfgs: list[Config]) -> str:
     kind, *others = {cfg.kind.removeprefix("skip ") for cfg in cfgs}
     one, several = ("dictionary", "dictionaries") if others else (kind, f"{kind}s")
     return f"1 {one}" if len(cfgs) == 1 else f"{len(cfgs)} {several}"
+
+
+def widths_of(cfgs: Sequence[Config]) -> dict[str, int | None]:
+    """Give the width of each hook that any of the Configs reads or writes."""
+    return {hook: width for cfg in cfgs for hook, width in cfg.widths.items()}
 
 
 def by_stream(cfgs: list[Config]) -> list[list[Config]]:

@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import cache
 import results
 from activation_store import ActivationsStore, TensorStore
-from config import Config, by_stream
+from config import Config, by_stream, widths_of
 from interop.pretrained import new_sae
 from language_model import Model, check_hooks, load_model
 from logs import RunLog, begin_sweep, load_progress, read_sweep
@@ -95,7 +95,7 @@ def record(cfgs: list[Config], should_stop: Callable[[], bool] = lambda: False) 
     require(not cfg.activations, f"activations = {cfg.activations!r}: they are recorded already; leave it out")
     cfgs, model = check(cfgs, folder), load_model(cfg)
     cfgs = [check_hooks(model, c) for c in {(c.reads, c.writes): c for c in cfgs}.values()]
-    hooks = len({hook for c in cfgs for hook in c.widths})
+    hooks = len(widths_of(cfgs))
     where = f"{hooks} hook{'s' * (hooks > 1)} of {cfg.model_name} into {folder}"
     print(f"recording {cfg.num_steps * cfg.batch_size:,} activations at {where}", flush=True)
     return cache.write(model, cfgs, folder, should_stop)

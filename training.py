@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from activation_store import Store
-from config import Config, number_of
+from config import Config, number_of, widths_of
 from evaluation import evaluate, training_metrics
 from kernels import sparse
 from kernels.sparse import GradientMemory
@@ -356,7 +356,7 @@ def progress_bar(cfg: Config, first: int) -> tqdm:
 
 def heading(cfgs: list[Config]) -> str:
     """Say of dictionaries that share a stream how many they are, and on which activations."""
-    cfg, hooks = cfgs[0], list(dict.fromkeys(hook for c in cfgs for hook in c.widths))
+    cfg, hooks = cfgs[0], list(widths_of(cfgs))
     where = f"{cfg.model_name} {hooks[0]}" if len(hooks) == 1 else f"{len(hooks)} hooks of {cfg.model_name}"
     return f"{number_of(cfgs)} on {where}, {cfg.num_steps * cfg.batch_size:,} activations"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -48,6 +49,17 @@ def write_durably(path: str | Path, data: bytes | Callable[[Path], object]) -> N
         writing.replace(path)
         flush(path.parent)
         _remove(replaced)
+
+
+def sha256(file: Path) -> str:
+    """Compute the SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def existing(path: Path) -> Path:
+    """Find the path itself, or the nearest folder above it that exists."""
+    return next(found for found in (path.absolute(), *path.absolute().parents) if found.exists())
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

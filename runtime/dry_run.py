@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from config import HINTS, Config, by_stream, unused_by
+from config import HINTS, Config, by_stream, unused_by, widths_of
 from evaluation import MAX_LOGITS, MAX_LOGITS_ON_GPU
 from language_model import check_model, model_source
 from runtime.checks import explained
@@ -59,7 +59,7 @@ def _fields(cfg: Config, names: set[str]) -> list[str]:
 def _size(cfgs: list[Config], is_known: bool) -> Iterator[str]:
     """Count the parameters of the SAEs that share a stream and of its model, and the bytes that training them takes."""
     cfg, device = cfgs[0], cfgs[0].torch_device
-    hooks = {hook: width for c in cfgs for hook, width in c.widths.items()}
+    hooks = widths_of(cfgs)
     if not all(hooks.values()):
         size = " and --target-size" if cfg.target_site else ""
         why = "the width of a hook without a name of ours" if is_known else f"{cfg.model_name} is not on this disk"

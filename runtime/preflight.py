@@ -12,6 +12,7 @@ from config import Config
 from language_model import check_model, model_source, ordinary_positions
 from runtime import ranks
 from runtime.checks import explained, require
+from runtime.disk import existing
 from runtime.documents import load_documents
 from text import token_windows
 
@@ -42,10 +43,10 @@ def check_machine(cfgs: list[Config], folder: Path) -> None:
     asked, is_used = os.environ.get("WANDB_RUN_ID"), cfgs[0].wandb_mode != "disabled"  # by `wandb agent`
     several = f"WANDB_RUN_ID = {asked!r}: one run, and {len(cfgs)} SAEs; give each field one value, or unset it"
     require(asked is None or len(cfgs) == 1 or not is_used, several)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = existing(folder)
     said = f"output_dir = {cfgs[0].output_dir!r}"
-    with explained(f"{said}: {existing} cannot be written to", OSError, remedy="give another"):
-        descriptor, file = tempfile.mkstemp(dir=existing)
+    with explained(f"{said}: {there} cannot be written to", OSError, remedy="give another"):
+        descriptor, file = tempfile.mkstemp(dir=there)
     os.close(descriptor)
     missing = ranks.in_any(not os.path.exists(ranks.from_first(file)))
     os.unlink(file)
