@@ -24,11 +24,18 @@ from runtime import ranks
 from runtime.checks import explained, parse_json, require
 from runtime.cli import written
 from runtime.disk import existing, load_state, save_state, save_tensors, sha256, write_durably
-from training import progress_bar
+from runtime.progress import Progress
 
 FILE_BYTES = 1 << 29  # of a file's rows, at most
 SUMS = "SHA256SUMS"
-SHARED = ("model_name", "dataset_path", "dataset_name", "seq_len", "dtype")  # by who records and who trains
+SHARED = (
+    "model_name",
+    "dataset_path",
+    "dataset_name",
+    "text_column",
+    "seq_len",
+    "dtype",
+)  # by who records and who trains
 
 
 def check_recorded(cfg: Config) -> None:
@@ -98,10 +105,10 @@ def _record(
         _check_room(folder, cfg, row_bytes, store.capacity)
         state = {"of": of, "step": 0, "files": {}, "sums": {}}
     steps_in_file, batches = max(1, FILE_BYTES // (store.batch_size * row_bytes)), []
-    bar = progress_bar(cfg, state["step"])
+    progress = Progress(cfg, state["step"])
     for step in range(state["step"] + 1, cfg.num_steps + 1):
         batches.append(store.next_batch())
-        bar.update(cfg.batch_size)
+        progress.advance(step)
         stopped = should_stop() and step < cfg.num_steps
         if len(batches) == steps_in_file or stopped or step == cfg.num_steps:
             name = f"rows-{ranks.rank():03}-{len(state['files']):05}.safetensors"
@@ -109,9 +116,9 @@ def _record(
             state["files"][name], state["step"], batches = len(batches) * store.batch_size, step, []
             save_state(state | {"store": store.state}, _resume_file(folder, ranks.rank()))
         if stopped:
-            bar.close()
+            progress.close()
             return f"stopped after {step * cfg.batch_size:,} of {cfg.num_steps * cfg.batch_size:,} activations"
-    bar.close()
+    progress.close()
     return None
 
 

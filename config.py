@@ -30,15 +30,16 @@ class SaeType(NamedTuple):
     fields: tuple[str, ...]  # of Config, that it uses and some other type does not
     sae_lens: str  # the architecture as which SAELens opens its checkpoints
     sae_lens_fields: tuple[tuple[str, str], ...] = ()  # SAELens' name of a further field, and ours
+    penalty: str = ""  # the norm that l1_coeff weighs
 
 
 _AUXK = ("top_k_aux", "aux_penalty")
 _PENALTY = ("l1_coeff", "sparsity_warmup")
 TYPES = {
-    "vanilla": SaeType("Vanilla", "#CC79A7", _PENALTY, "standard"),
+    "vanilla": SaeType("Vanilla", "#CC79A7", _PENALTY, "standard", penalty="l1"),
     "topk": SaeType("TopK", "#0072B2", _AUXK, "topk", (("k", "target_l0"),)),
     "batchtopk": SaeType("BatchTopK", "#D55E00", _AUXK, "jumprelu"),
-    "jumprelu": SaeType("JumpReLU", "#009E73", (*_PENALTY, *_AUXK, "bandwidth"), "jumprelu"),
+    "jumprelu": SaeType("JumpReLU", "#009E73", (*_PENALTY, *_AUXK, "bandwidth"), "jumprelu", penalty="l0"),
     "matryoshka": SaeType("Matryoshka", "#56B4E9", (*_AUXK, "prefixes"), "jumprelu"),
 }  # in the order of tables and legends
 
@@ -53,7 +54,14 @@ SITES = {
     "mlp_out": "hook_mlp_out",
     "z": "attn.hook_z",
 }
-_SITE_OF = {hook: site for site, hook in SITES.items()}
+# What enters the MLP's branch alone, which the second name is only once set_use_hook_mlp_in is called.
+_SITE_OF = {hook: site for site, hook in SITES.items()} | {"hook_mlp_in": "ln2.hook_in"}
+# How the names of hooks in no block begin; these are sites too.
+OUTSIDE = ("hook_embed", "hook_pos_embed", "embed.", "pos_embed.", "ln_final.")
+
+
+def _hook(layer: int, site: str) -> str:
+    return site if site.startswith(OUTSIDE) else f"blocks.{layer}.{SITES.get(site, site)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +74,8 @@ class Stream:
     """Text: "python-stdlib", a Hub data set, or local .py, .txt, .jsonl or .parquet files (path, folder or glob)."""
     dataset_name: str | None = None
     """Configuration of a Hub data set that has several, such as "sample-10BT" of fineweb."""
+    text_column: str | None = None
+    """Column of text or of token ids that is read; without it the first there is of text, content, tokens, input_ids."""
     activations: checks.Name | None = None
     """Folder of recorded activations to train on, written by `main.py cache`; model and text then serve for evaluation
     alone. Without it the activations come from the model."""
@@ -94,7 +104,7 @@ class Dictionary:
     reads and reconstructs all of them."""
     site: checks.Name = "resid_pre"
     """Place in the block: resid_pre, resid_mid, resid_post, attn_in, attn_out, mlp_in, mlp_out, z (all heads,
-    concatenated), or any hook that TransformerLens has there, such as mlp.hook_post."""
+    concatenated), or any hook that TransformerLens has there, such as mlp.hook_post; or outside, such as hook_embed."""
     target_site: checks.Name | None = None
     """Place in the block that is reconstructed, where it is another: the dictionary is a transcoder."""
     skip: bool = False
@@ -209,6 +219,8 @@ class Config(Run, Optimisation, Dictionary, Stream):
             others = "or a hook of TransformerLens such as mlp.hook_post"
             known = site in SITES or "hook_" in site
             self._require(field, known, f"{near(site, SITES)}give one of {', '.join(SITES)}, {others}")
+        if self.site.startswith(OUTSIDE) and self.target_site is None:
+            object.__setattr__(self, "layer", (0,))
         if len(self.layer) == 1:
             object.__setattr__(self, "layer", self.layer[0])
         if self.target_site == self.site:
@@ -240,13 +252,12 @@ class Config(Run, Optimisation, Dictionary, Stream):
     @property
     def reads(self) -> tuple[str, ...]:
         """The hooks whose activations, side by side, are the dictionary's x."""
-        return tuple(f"blocks.{layer}.{SITES.get(self.site, self.site)}" for layer in self.layers)
+        return tuple(_hook(layer, self.site) for layer in self.layers)
 
     @property
     def writes(self) -> tuple[str, ...]:
         """The hooks whose activations, side by side, it reconstructs: its y."""
-        site = self.target_site or self.site
-        return tuple(f"blocks.{layer}.{SITES.get(site, site)}" for layer in self.layers)
+        return tuple(_hook(layer, self.target_site or self.site) for layer in self.layers)
 
     @property
     def is_sae(self) -> bool:
@@ -352,9 +363,9 @@ def unused_by(sae_type: str) -> set[str]:
 
 
 def setting(sae: Any) -> str:
-    """Say what decides the L0 of a Config, or of a row of `results.load_results`: L0=32, or l1=0.004."""
+    """Say what decides the L0 of a Config, or of a row of `results.load_results`: L0=32, or l1=0.004 (jumprelu: l0)."""
     fixed = "l1_coeff" in TYPES[sae.sae_type].fields and sae.l1_coeff is not None and sae.l1_coeff == sae.l1_coeff
-    return f"l1={sae.l1_coeff:g}" if fixed else f"L0={sae.target_l0:g}"
+    return f"{TYPES[sae.sae_type].penalty}={sae.l1_coeff:g}" if fixed else f"L0={sae.target_l0:g}"
 
 
 def number_of(cfgs: list[Config]) -> str:

@@ -10,7 +10,6 @@ import math
 import re
 import signal
 import sys
-import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import pandas as pd
 import wandb
 
-from analysis.figures import SETTINGS, over_seeds, row_labels, save_figures
+from analysis.figures import SETTINGS, over_seeds, row_labels, save_figures, wrapped
 from config import TYPES
 from runtime.checks import parse_json, require
 from runtime.cli import Parser
@@ -32,7 +31,7 @@ COLUMNS = {  # metric -> heading in the table, factor, decimals
     "ce_recovered": ("CE recovered", 1, 3),
     "dead_share": ("dead %", 100, 1),
 }
-SETTING_WIDTH = 14  # of its column, at most
+SETTING_WIDTH = 14  # of its column, unless a field is wider
 
 
 def load_results(source: str | Path) -> pd.DataFrame:
@@ -122,7 +121,7 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def format_table(df: pd.DataFrame) -> str:
-    """Write plain text of at most 80 columns, a row per SAE, and a table for each sweep if there are several.
+    """Write plain text of at most 80 columns (or as wide as a long name), a row per SAE, a table for each sweep.
 
     setting is what decides the SAE's L0, and whatever else tells it from others of its type. CE recovered is the share
     of the loss of zero ablation that the SAE recovers, dead % the share of its latents; "-" means no evaluation yet.
@@ -138,8 +137,7 @@ def format_table(df: pd.DataFrame) -> str:
             for name, (_, scale, decimals) in COLUMNS.items()
         ]
         label = f"{label}, {sae.seeds} seeds" if sae.seeds > 1 else label
-        whole = label.replace(" ", "\0").replace(",\0", ", ")  # no line ends between a field and its value
-        first, *more = (line.replace("\0", " ") for line in textwrap.wrap(whole, SETTING_WIDTH))
+        first, *more = wrapped(label, SETTING_WIDTH)
         table.append((sae.sae_type, str(sae.dict_size), first, *numbers))
         table += [("", "", line, *("" for _ in COLUMNS)) for line in more]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -160,7 +158,7 @@ def report(source: str) -> None:
     Files go to `source` or, for W&B, to the current folder. Raises what `load_results` does.
     """
     df = load_results(source)
-    print(f"\n{format_table(df)}\n", flush=True)
+    print(f"\n{format_table(df)}\n\ndrawing figures", flush=True)
     folder, history, cosines, norms = Path.cwd(), None, [], []
     if not source.startswith("wandb:"):
         folder, history = Path(source), load_history(source)

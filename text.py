@@ -83,7 +83,7 @@ def held_out_windows(
     They are drawn from the first `choice` times as many, since one long document can be many windows in a row.
     Raises: ValueError when the held-out text does not fill one window, or cannot be read.
     """
-    stream = load_documents(cfg.dataset_path, cfg.dataset_name, held_out=True)
+    stream = load_documents(cfg.dataset_path, cfg.dataset_name, cfg.text_column, held_out=True)
     first = list(islice(token_windows(stream, tokenizer, cfg.seq_len), choice * count))
     said = f"dataset_path = {cfg.dataset_path!r}: its held-out tenth"
     require(first, f"{said} does not fill a window of seq_len {cfg.seq_len}; give more text")
@@ -134,7 +134,9 @@ class TextStream:
 
     def __init__(self, cfg: Config, tokenizer: PreTrainedTokenizerBase, position: TextPosition | None = None) -> None:
         self._cfg, self._tokenizer, self._said = cfg, tokenizer, f"dataset_path = {cfg.dataset_path!r}:"
-        documents = load_documents(cfg.dataset_path, cfg.dataset_name, held_out=False, seed=cfg.text_seed)
+        documents = load_documents(
+            cfg.dataset_path, cfg.dataset_name, cfg.text_column, held_out=False, seed=cfg.text_seed
+        )
         strategy = "examples" if local_files(cfg.dataset_path) else "auto"  # a share of a few files could be very small
         self._documents = split_dataset_by_node(documents, ranks.rank(), ranks.count(), strategy)
         self._pool_size = max(1, MIXED_TOKENS // cfg.seq_len)

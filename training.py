@@ -1,7 +1,6 @@
 """The training loop: one stream of activations, many dictionaries; optimiser, schedules, stopping and going on."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from activation_store import Store
 from config import Config, number_of, widths_of
@@ -21,11 +19,11 @@ from logs import RunLog
 from runtime import ranks
 from runtime.checks import explained, require
 from runtime.machine import placements
+from runtime.progress import Progress
 from sae import BaseAutoencoder, Lent, SAEOutput
 
 THRESHOLD_LR = 3  # of JumpReLU's thresholds, in units of the other parameters' learning rate
 MISSED = 0.05  # of target_l0, more than which is said
-SILENT_SECONDS = 60  # without a line, at most, where no bar is shown
 FIRST_SAVE_SECONDS = 60  # into a run, the first time that its state is saved
 
 
@@ -220,9 +218,8 @@ class _Loop:
         for trainer, saved in zip(self.trainers, state["trainers"].values()):
             trainer.load_state(saved)
         state.clear()  # gigabytes, perhaps
-        bar = progress_bar(cfg, first)
-        started, in_steps, in_lap = time.perf_counter(), 0.0, 0.0
-        spoken = started
+        progress = Progress(cfg, first)
+        in_steps, in_lap, in_evaluations = 0.0, 0.0, 0.0
         for step in range(first, cfg.num_steps):
             done, began = step + 1, time.perf_counter()
             is_last_step = done == cfg.num_steps
@@ -238,39 +235,41 @@ class _Loop:
             # On a GPU only where it is waited for anyway: nothing changes after the step that failed.
             if cfg.torch_device.type == "cpu" or is_log_step or is_eval_step or is_checkpoint_step:
                 self._raise_failures(done)
-            bar.update(cfg.batch_size)
             in_steps += time.perf_counter() - began
+            progress.advance(done)
 
             if is_log_step and any(metrics):
                 rate = (done - lap) * cfg.batch_size / (in_steps - in_lap)
                 lap, in_lap = done, in_steps
-                bar.set_postfix_str(_ranges(metrics, {"train/loss": "loss", "train/l0": "l0"}), refresh=False)
+                progress.show(_ranges(metrics, {"train/loss": "loss", "train/l0": "l0"}))
                 self._log(done, metrics, {"train/tokens_per_second": rate})
             if is_checkpoint_step and log is not None:
                 for sae in self.saes:
                     log.checkpoint(sae, done)
             if is_eval_step:
+                progress.say(f"evaluating {number_of([sae.cfg for sae in self.saes])}")
+                began = time.perf_counter()
                 with self._saving_on_failure(step, self.store.put_back):  # a resumed run repeats the evaluation alone
                     self._evaluate(done)
-            now = time.perf_counter()
-            if not is_last_step and (is_eval_step or (bar.disable and now - spoken > SILENT_SECONDS)):
-                left = tqdm.format_interval((now - started) / (done - first) * (cfg.num_steps - done))
-                found = _ranges(self.results, {"l0": "L0", "explained_variance": "expl. var."}) if is_eval_step else ""
-                tqdm.write(f"step {done:,}, {left} left{': ' * is_eval_step}{found}")
-                sys.stdout.flush()  # a log file has it at once
-                spoken = now
+                in_evaluations += time.perf_counter() - began
+                if not is_last_step:
+                    found = _ranges(self.results, {"l0": "L0", "explained_variance": "expl. var."})
+                    progress.say(f"step {done:,}, {progress.left(done)} left: {found}")
             if (asked or is_due) and not is_last_step and log is not None:
                 self._save_state(done)
             if asked and not is_last_step:
-                bar.close()
+                progress.close()
                 raise Stopped(f"stopped after step {done:,} of {cfg.num_steps:,}")
-        bar.close()
+        progress.close()
         rate = (cfg.num_steps - first) * cfg.batch_size / in_steps
-        tqdm.write(f"{number_of([sae.cfg for sae in self.saes])}: {rate:,.0f} tokens/s")
+        reading = self.store.seconds
+        times = {"activations": reading, "training": in_steps - reading, "evaluation": in_evaluations}
+        shares = ", ".join(f"{name} {seconds / sum(times.values()):.0%}" for name, seconds in times.items())
+        progress.say(f"{rate:,.0f} tokens/s; time: {shares}")
         for sae, found in zip(self.saes, self.results):
             if not sae.cfg.has_fixed_penalty and abs(found["l0"] / sae.cfg.target_l0 - 1) > MISSED:
                 missed = f"its L0 is {found['l0']:.1f} on held-out text; train longer to come nearer"
-                tqdm.write(f"{sae.cfg.name}:\n  {missed}")  # two lines of at most 80 columns
+                progress.say(f"{sae.cfg.name}:\n  {missed}")  # two lines of at most 80 columns
         return self.results
 
     def _step(self, trainer: Trainer, rows: dict[str, Tensor], step: int, is_log_step: bool) -> dict[str, float]:
@@ -339,19 +338,6 @@ class _Loop:
             f"{trainer.cfg.name}: {failure}; lower lr = {trainer.cfg.peak_lr:.3g}, or take another dtype where"
             f" activations overflow; its last checkpoint is as it was{saved}"
         )
-
-
-def progress_bar(cfg: Config, first: int) -> tqdm:
-    """Show how many of num_tokens activations are done, on from a step."""
-    return tqdm(
-        initial=first * cfg.batch_size,
-        total=cfg.num_steps * cfg.batch_size,
-        unit="tok",
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=True if ranks.world_rank() > 0 else None,  # None: where standard error is not a terminal
-        bar_format="{l_bar}{bar:8}| {remaining} left, {rate_fmt}{postfix}",  # fits 80 columns
-    )
 
 
 def heading(cfgs: list[Config]) -> str:

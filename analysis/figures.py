@@ -5,9 +5,10 @@ darker lines are later rows of the table: the denser SAEs, as results.load_resul
 """
 
 import math
+import textwrap
 from collections.abc import Collection, Sequence
 from functools import partial
-from itertools import chain, cycle, zip_longest
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -27,7 +28,7 @@ MARKERS = "osD^vPX*"
 DASHES = ("-", "--", ":", "-.")
 WIDTH, COLUMN_WIDTH = 7.5, 1.875  # inches: two columns of a paper, and the panels of one type
 BINS_PER_DECADE = 3  # of densities: wider than a factor of 2, so that none is empty between once and twice
-LEGEND_LETTERS = 26  # that fit below a panel at 7 points
+LEGEND_LETTERS, LEGEND_WIDTH = 26, 120  # that fit below a panel at 7 points, and below a figure at 8
 SETTINGS = {"target_l0", "l1_coeff"}  # the fields that decide an SAE's L0
 WIDTHS = ("act_size", "target_size")  # which the sites decide
 FORMATS = {  # field -> how a label shows it, if the SAEs of a type differ in it
@@ -46,46 +47,49 @@ TICKS = dict(labelsize=8, grid_color="0.9", grid_linewidth=0.6)  # which are mad
 def plot_pareto(df: pd.DataFrame) -> Figure:
     """Plot explained variance, and the share of cross-entropy recovered, against L0.
 
-    Lines join SAEs that differ in their setting alone, which may be compared. Colours are types; markers and dashes are
-    dict_sizes where there are several, the most frequent one solid. SAEs that differ in their seed alone are one point,
-    their mean, with bars of a standard deviation. SAEs without an evaluation, with numbers that are not finite or with
-    an L0 of 0 are left out. Raises ValueError when none remains.
+    Lines join SAEs that differ in their setting alone, which may be compared; each has an entry in the legend. Colours
+    are types, from light to dark where a type has several lines; markers and dashes are dict_sizes where there are
+    several, the most frequent one solid. SAEs that differ in their seed alone are one point, their mean, with bars of a
+    standard deviation. SAEs without an evaluation, with numbers that are not finite or with an L0 of 0 are left out.
+    Raises ValueError when none remains.
     """
     metrics = {"explained_variance": "Explained variance", "ce_recovered": "CE recovered"}
     df = over_seeds(_evaluated(df), ["l0", *metrics]).sort_values("l0")
     require(len(df), "nothing to plot: no SAE has an evaluation with finite numbers and an L0 above 0")
-    alike = _told_apart(df, but=["run", "dict_size"])
-    widths = sorted(df["dict_size"].unique())
-    several = len(widths) > 1
-    markers = dict(zip(widths if several else TYPES, cycle(MARKERS)))
-    dashes = _dashes(df)
+    order = {sae_type: place for place, sae_type in enumerate(TYPES)}
+    several = df["dict_size"].nunique() > 1
+    markers = dict(zip(sorted(df["dict_size"].unique()) if several else TYPES, cycle(MARKERS)))
     low, high = df["l0"].min(), df["l0"].max()
     margin = max(1.2, 2 * math.sqrt(low / high))  # at least two octaves in sight, so two powers of 2
-    look = dict(linewidth=1.4, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
+    joined = ["sae_type", "dict_size", *_told_apart(df, but=["run", "dict_size"])]
+    groups = [saes for _, saes in df.groupby(joined, dropna=False, sort=False)]
+    groups.sort(key=lambda saes: (order[saes["sae_type"].iloc[0]], saes["dict_size"].iloc[0]))
+    first = pd.concat([saes.head(1) for saes in groups])
+    looks = dict(linewidth=1.4, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
+    styles = [
+        line | looks | dict(marker=markers[sae.dict_size if several else sae.sae_type])
+        for sae, line in zip(first.itertuples(), _lines(first))
+    ]
 
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(1, 2), metrics.items()):
-        for (sae_type, width, *_), saes in df.groupby(["sae_type", "dict_size", *alike], dropna=False, sort=False):
-            row, marker = TYPES[sae_type], markers[width if several else sae_type]
-            style = dict(color=row.colour, marker=marker, linestyle=dashes[width])
-            axes.plot(saes["l0"], saes[metric], label=f"{row.label} {width}", **style, **look)
+        for saes, style in zip(groups, styles):
+            axes.plot(saes["l0"], saes[metric], **style)
             spread = saes[saes["seeds"] > 1]
-            bars = dict(
-                xerr=spread["l0_std"], yerr=spread[f"{metric}_std"], fmt="none", ecolor=row.colour, elinewidth=1
-            )
-            axes.errorbar(spread["l0"], spread[metric], **bars)
+            of_seeds = dict(xerr=spread["l0_std"], yerr=spread[f"{metric}_std"], ecolor=style["color"])
+            axes.errorbar(spread["l0"], spread[metric], fmt="none", elinewidth=1, **of_seeds)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlim=(low / margin, high * margin), xlabel="L0 (latents active per token)", ylabel=f"{label} (share)")
         axes.tick_params(**TICKS)
 
-    entry = partial(Line2D, [], [], **look)
-    colours = [entry(label=row.label, color=row.colour, marker=markers.get(t)) for t, row in _types(df).items()]
-    shapes = [entry(label=f"{w} latents", color="0.4", marker=markers.get(w), linestyle=dashes[w]) for w in widths]
-    rows = [colours, shapes] if several else [colours]
-    columns = list(zip_longest(*rows, fillvalue=Line2D([], [], linestyle="", label=" ")))  # which legends fill
-    layout = dict(ncols=len(columns), handlelength=2.4, handletextpad=0.6, columnspacing=1.2)
-    figure.legend(handles=[*chain.from_iterable(columns)], loc="outside lower center", fontsize=8, **layout)
+    labels = [
+        ", ".join([TYPES[sae_type].label, *differing])
+        for sae_type, differing in zip(first["sae_type"], _differing(first, but=["run"]))
+    ]
+    entries = [Line2D([], [], label=label, **style) for label, style in zip(labels, styles)]
+    columns = max(1, min(len(entries), LEGEND_WIDTH // (max(map(len, labels)) + 7)))
+    figure.legend(handles=entries, loc="outside lower center", fontsize=8, ncols=columns, handlelength=2.4)
     return figure
 
 
@@ -294,13 +298,28 @@ def _told_apart(df: pd.DataFrame, but: Sequence[str]) -> list[str]:
 
 def row_labels(df: pd.DataFrame, but: Sequence[str] = ()) -> list[str]:
     """Name each row: its setting, and the fields, except `but`, in which the rows of its type differ."""
+    return [", ".join([setting(sae), *fields]) for sae, fields in zip(df.itertuples(), _differing(df, but))]
+
+
+def _differing(df: pd.DataFrame, but: Sequence[str]) -> list[list[str]]:
+    """Write, for each row, the fields, except its setting and `but`, in which the rows of its type differ."""
     fields = _told_apart(df, but)
     values = df.groupby("sae_type")[fields].nunique(dropna=False)
-    labels = []
-    for sae in df.itertuples():
-        differ = [f for f in fields if values.at[sae.sae_type, f] > 1 and f not in unused_by(sae.sae_type)]
-        labels.append(", ".join([setting(sae), *(_told(field, getattr(sae, field)) for field in differ)]))
-    return labels
+    return [
+        [
+            _told(field, getattr(sae, field))
+            for field in fields
+            if values.at[sae.sae_type, field] > 1 and field not in unused_by(sae.sae_type)
+        ]
+        for sae in df.itertuples()
+    ]
+
+
+def wrapped(label: str, width: int) -> list[str]:
+    """Break a label into lines of at most `width` letters, or of one field and its value, which are never broken."""
+    whole = label.replace(" ", "\0").replace(",\0", ", ")
+    lines = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
 
 
 def _told(field: str, value: object) -> str:
@@ -330,7 +349,9 @@ def _panels(
     height: of a panel, in inches. Axes are shared along rows and columns, so figure.axes[0] sets those of its row.
     """
     types = _types(df)
-    heights = [height] * len(y_labels) + [0.05 + 0.15 * df["sae_type"].value_counts().max()]
+    labels = [wrapped(label, LEGEND_LETTERS) for label in labels]
+    lines = pd.Series(map(len, labels)).groupby(df["sae_type"].array).sum().max()
+    heights = [height] * len(y_labels) + [0.05 + 0.15 * lines]
     figure = Figure(figsize=(COLUMN_WIDTH * max(2, len(types)), sum(heights) + 0.6), layout="constrained")
     grid = figure.subplots(len(heights), len(types), sharex=True, sharey="row", squeeze=False, height_ratios=heights)
     for axes in grid[:-1].flat:
@@ -338,9 +359,9 @@ def _panels(
     for axes, y_label in zip(grid[:, 0], y_labels):
         axes.set_ylabel(y_label)
     figure.align_ylabels()
-    letters = 7 * min(1, LEGEND_LETTERS / max(map(len, labels)))
+    letters = 7 * min(1, LEGEND_LETTERS / max(len(line) for label in labels for line in label))
     layout = dict(fontsize=letters, handlelength=2, borderpad=0, labelspacing=0.3, borderaxespad=0)
-    entries = list(zip(df["sae_type"], labels, _lines(df)))
+    entries = list(zip(df["sae_type"], map("\n".join, labels), _lines(df)))
     for (sae_type, row), (*panels, below) in zip(types.items(), grid.T):
         panels[0].set_title(row.label, color=row.colour)
         panels[-1].set_xlabel(x_label)

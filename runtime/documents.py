@@ -19,7 +19,12 @@ from datasets import IterableDataset
 from runtime.checks import explained, require
 
 STDLIB = "python-stdlib"
-COLUMNS = {"tokens": "tokens", "input_ids": "tokens", "text": "text", "content": "text"}  # what each holds
+COLUMNS = {
+    "text": "text",
+    "content": "text",
+    "tokens": "tokens",
+    "input_ids": "tokens",
+}  # what each holds, the best first
 BUILDERS = {".jsonl": "json", ".parquet": "parquet"}  # of `datasets`
 LOCAL_SUFFIXES = (".py", ".txt", *BUILDERS)
 HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"
@@ -70,14 +75,14 @@ def local_files(dataset_path: str) -> list[Path]:
 
 
 def load_documents(
-    dataset_path: str, dataset_name: str | None = None, *, held_out: bool, seed: int = 0
+    dataset_path: str, dataset_name: str | None = None, text_column: str | None = None, *, held_out: bool, seed: int = 0
 ) -> IterableDataset:
     """Stream the training or the held-out documents of a data set, its files in an order set by `seed` and the epoch.
 
     A source file (.py) is one document, held out by its path within the folder that all of them share. Every other row
     (128 lines of a .txt file, a row of .jsonl, .parquet or the Hub) is held out by its content. The data set has one
-    column, "text" (str) or "tokens" (list of int). Raises: ValueError when it cannot be read or has no such column,
-    OSError when it is out of reach.
+    column, "text" (str) or "tokens" (list of int): text_column, or the first of COLUMNS that is there. Raises:
+    ValueError when it cannot be read or has no such column, OSError when it is out of reach.
     """
     said, files = f"dataset_path = {dataset_path!r}:", local_files(dataset_path)
     names, suffix = [str(p) for p in files], files[0].suffix if files else None
@@ -86,8 +91,9 @@ def load_documents(
         names = [str(p) for p in files if is_held_out(p.relative_to(root).as_posix()) == held_out]
         part = "held-out" if held_out else "training"
         require(names, f"{said} {len(files)} files leave none for the {part} part; add files")
-    kind = "text"
+    kind, named = "text", f"text_column = {text_column!r}:"
     if suffix in (".py", ".txt"):
+        require(text_column is None, f"{named} {suffix} files have no columns; leave it out")
         dataset = IterableDataset.from_generator(_file_documents, gen_kwargs={"files": names})
     else:
         with (
@@ -102,14 +108,21 @@ def load_documents(
                 streaming=True,
             )
             columns = dataset.column_names or list(next(iter(dataset), {}))
-        found, column = ", ".join(columns) or "none", next((c for c in COLUMNS if c in columns), None)
-        require(column, f"{said} no column of text or tokens among {found}; name one of them {', '.join(COLUMNS)}")
-        kind = COLUMNS[column]
+        found, column = ", ".join(columns) or "none", text_column or next((c for c in COLUMNS if c in columns), None)
+        require(column, f"{said} no column of text or tokens among {found}; name it as text_column")
+        require(column in columns, f"{named} {dataset_path} has no such column; give one of {found}")
+        kind = COLUMNS.get(column) or _kind_of(dataset, column)
         dataset = dataset.select_columns([column])
         dataset = dataset if column == kind else dataset.rename_column(column, kind)
     if suffix != ".py":
         dataset = dataset.filter(lambda row: row[kind] is not None and is_held_out(str(row[kind])) == held_out)
     return dataset.shuffle(seed=seed, buffer_size=1)
+
+
+def _kind_of(dataset: IterableDataset, column: str) -> str:
+    """Say whether a column holds text or tokens."""
+    known = (row[column] for row in dataset if row[column] is not None)
+    return "text" if isinstance(next(known, ""), str) else "tokens"
 
 
 def _file_documents(files: list[str]) -> Iterator[dict[str, str]]:

@@ -38,6 +38,12 @@ def _free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available // ranks.local_size()
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for what the device was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without having the host wait for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -62,7 +62,7 @@ def check_activations(cfgs: list[Config]) -> None:
 
 def check_texts(cfgs: list[Config]) -> None:
     """Do `check_text` once for what several Configs share."""
-    for cfg in {(c.dataset_path, c.dataset_name, c.model_name, c.seq_len): c for c in cfgs}.values():
+    for cfg in {(c.dataset_path, c.dataset_name, c.text_column, c.model_name, c.seq_len): c for c in cfgs}.values():
         check_text(cfg)
 
 
@@ -83,7 +83,7 @@ def check_text(cfg: Config) -> None:
     require(starts, f"{said} its tokenizer has neither a BOS nor an EOS token; give another")
     said = f"dataset_path = {cfg.dataset_path!r}:"
     for part in ("training text", "held-out tenth"):
-        stream = load_documents(cfg.dataset_path, cfg.dataset_name, held_out=part == "held-out tenth")
+        stream = load_documents(cfg.dataset_path, cfg.dataset_name, cfg.text_column, held_out=part == "held-out tenth")
         windows = token_windows(stream, tokenizer, cfg.seq_len)
         with explained(f"{said} cannot be used", ValueError, remedy="give other data"):
             readable = any(ordinary_positions(window[None], tokenizer).any() for window in windows)

@@ -181,8 +181,8 @@ DATA: list[tuple[str, bytes | None, Said]] = [
     ("a.jsonl", lines({"text": "a"}) + b'{"text": "b', ("in row 40", "give other data")),
     ("a.jsonl", b'{"text": "caf\xe9"}\n' * 9, ("'utf-8' codec can't decode byte 0xe9", "give other data")),
     ("a.jsonl", b"[1, 2]\n" * 9, ("cannot be read (", "give other data")),
-    ("a.jsonl", b"\n" * 9, ("no column of text or tokens among none", "name one of them tokens, input_ids, text")),
-    ("a.jsonl", lines({"body": "a", "id": 3}), ("among body, id", "name one of them tokens, input_ids, text, content")),
+    ("a.jsonl", b"\n" * 9, ("no column of text or tokens among none", "name it as text_column")),
+    ("a.jsonl", lines({"body": "a", "id": 3}), ("among body, id", "name it as text_column")),
     ("a.jsonl", lines({"text": 3}, {"text": 4}), ("a text is ", "the column must hold strings")),
     ("a.jsonl", lines({"text": None}), ("does not fill a window", "give more text")),
     ("a.jsonl", lines({"text": ""}, times=999), ("its training text does not fill", "give more text")),
@@ -203,6 +203,14 @@ def test_data(refused: Callable, no_model: None, path: str, content: bytes | Non
     if content is not None:
         Path(path).write_bytes(content)
     refused([f"--dataset-path={path}"], (f"dataset_path = {path!r}: ", *said))
+
+
+@pytest.mark.parametrize(
+    "path, said", [("a.jsonl", "one of body, id"), ("a.txt", "files have no columns; leave it out")]
+)
+def test_a_column_that_is_not_there(refused: Callable, no_model: None, path: str, said: str) -> None:
+    Path(path).write_bytes(lines({"body": "a", "id": 3}))
+    refused([f"--dataset-path={path}", "--text-column=story"], ("text_column = 'story': ", said))
 
 
 @pytest.mark.parametrize("names, content, said", [

@@ -310,8 +310,9 @@ def test_a_log_file_has_no_bar_and_a_terminal_has_one(place: Callable[[], Path],
     lines = done["out"].splitlines()
     assert max(map(len, lines)) <= 80 and lines[0].startswith("2 SAEs on tiny-gpt2")
     line = re.compile(r"step (\d+), \d\d:\d\d left: L0 \d.*, expl. var. \S+ to \S+")
-    evaluations = [line.fullmatch(text) for text in lines[1:3]]
-    assert [found and found[1] for found in evaluations] == ["20", "40"] and " tokens/s" in lines[3]
+    evaluations = [line.fullmatch(text) for text in (lines[2], lines[4])]
+    assert [found and found[1] for found in evaluations] == ["20", "40"] and " tokens/s; time: " in lines[6]
+    assert [lines[i] for i in (1, 3, 5)] == ["evaluating 2 SAEs"] * 3 and "drawing figures" in lines
 
     terminal = fork(*args, cwd=place(), terminal=True)
     seen = terminal["out"]

@@ -12,7 +12,7 @@ from runtime.checks import checked, choices
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 CHANGED = dict(
-    model_name="gpt2", dataset_path="corpus.txt", dataset_name="sample-10BT", activations="acts", seq_len=64,
+    model_name="gpt2", dataset_path="corpus.txt", dataset_name="sample-10BT", text_column="story", activations="acts", seq_len=64,
     model_batch_size=16, num_batches_in_buffer=8, dtype="bfloat16", text_seed=1, num_tokens=500_000,
     batch_size=1024, layer=1, site="mlp_in", target_site="mlp_out", skip=True, act_size=256, target_size=128,
     sae_type="vanilla", dict_size=1024, target_l0=16, l1_coeff=0.1, bandwidth=0.01,
@@ -34,7 +34,7 @@ UNUSED = {
     "matryoshka": {"l1_coeff", "sparsity_warmup", "bandwidth"},
 }
 STREAM = {
-    "model_name", "dataset_path", "dataset_name", "activations", "seq_len", "model_batch_size",
+    "model_name", "dataset_path", "dataset_name", "text_column", "activations", "seq_len", "model_batch_size",
     "num_batches_in_buffer", "dtype", "text_seed", "num_tokens", "batch_size", "device",
 }  # fmt: skip
 

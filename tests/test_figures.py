@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis.figures import (
     kinds_of,
@@ -21,6 +22,7 @@ from analysis.figures import (
     row_labels,
     save_figure,
     save_figures,
+    wrapped,
 )
 from config import TYPES, SaeType
 
@@ -114,31 +116,41 @@ def test_plot_has_a_sorted_line_per_type() -> None:
     ]
     figure = plot_pareto(frame(*rows))
     for axes, intercept in zip(figure.axes, (0.5, 0.6)):
-        lines = {line.get_label(): line for line in axes.lines}
-        assert sorted(lines) == ["BatchTopK 2048", "JumpReLU 2048", "TopK 2048", "Vanilla 2048"]
-        for name, offset in (("JumpReLU", 0), ("BatchTopK", 1), ("Vanilla", 2), ("TopK", 3)):
-            x, y = lines[f"{name} 2048"].get_data()
-            assert lines[f"{name} 2048"].get_color() == TYPES[name.lower()].colour
+        legend = {entry.get_label(): entry for entry in figure.legends[0].legend_handles}
+        assert list(legend) == ["Vanilla", "TopK", "BatchTopK", "JumpReLU"]
+        for line, (name, entry), offset in zip(axes.lines, legend.items(), (2, 3, 1, 0), strict=True):
+            assert line.get_color() == entry.get_color() == to_rgb(TYPES[name.lower()].colour)
+            assert line.get_marker() == entry.get_marker()
+            x, y = line.get_data()
             np.testing.assert_allclose(x, [16 + offset, 32 + offset, 64 + offset])
             np.testing.assert_allclose(y, [intercept + 0.08, intercept + 0.16, intercept + 0.32])
+        assert len({line.get_marker() for line in axes.lines}) == 4
 
 
-def test_plot_has_a_line_per_width_told_apart() -> None:
+def looks(line: Line2D) -> tuple:
+    return line.get_color(), line.get_marker(), line.get_linestyle()
+
+
+def test_every_line_has_an_entry_of_its_own() -> None:
     df = frame(
         *(("topk", F, k, 0.5, 0.6) for F in (512, 2048, 12288) for k in (16.0, 32.0)), ("vanilla", 512, 9, 0.5, 0.6)
     )
+    df["layer"], df["lr"] = [1, 1, 1, 1, 1, 2, 1], [0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.1]
     figure = plot_pareto(df)
-    lines = {line.get_label(): line for line in figure.axes[0].lines}
-    topk = [lines[f"TopK {F}"] for F in (512, 2048, 12288)]
-    assert all(len(line.get_xdata()) == 2 for line in topk)
+    vanilla, *topk = lines = figure.axes[0].lines
+    assert [len(line.get_xdata()) for line in lines] == [1, 2, 2, 1, 1]
+    entries = figure.legends[0].legend_handles
+    assert [looks(entry) for entry in entries] == [looks(line) for line in lines]
+    assert len({*map(looks, lines)}) == 5
+    assert [entry.get_label() for entry in entries] == [
+        "Vanilla",
+        "TopK, layer 1, dict 512, lr 0.1",
+        "TopK, layer 1, dict 2048, lr 0.1",
+        "TopK, layer 1, dict 12288, lr 0.1",
+        "TopK, layer 2, dict 12288, lr 0.2",
+    ]
     assert len({line.get_marker() for line in topk}) == len({line.get_linestyle() for line in topk}) == 3
-    assert lines["Vanilla 512"].get_marker() == lines["TopK 512"].get_marker()
-    legend = {h.get_label(): h for h in figure.legends[0].legend_handles}
-    assert list(legend) == ["Vanilla", "512 latents", "TopK", "2048 latents", " ", "12288 latents"]
-    for F in (512, 2048, 12288):
-        assert legend[f"{F} latents"].get_marker() == lines[f"TopK {F}"].get_marker()
-        assert legend[f"{F} latents"].get_linestyle() == lines[f"TopK {F}"].get_linestyle()
-    assert legend["TopK"].get_color() == lines["TopK 512"].get_color()
+    assert vanilla.get_marker() == topk[0].get_marker()
 
 
 def test_lines_join_what_differs_in_its_setting_alone() -> None:
@@ -176,6 +188,22 @@ def test_labels_name_every_field_that_the_result_depends_on() -> None:
         "L0=8, dataset_path b, top_k_aux 512",
         "l1=0.0125",
     ]
+
+
+def test_a_long_label_is_broken_between_fields() -> None:
+    assert wrapped("L0=16, layer 1, lr 0.0001, seed 3", 15) == ["L0=16, layer 1,", "lr 0.0001,", "seed 3"]
+    assert wrapped("L0=16, EleutherAI/pythia-160m", 14) == ["L0=16,", "EleutherAI/pythia-160m"]
+    df = frame(*(("topk", 2048, 16.0, 0.5, 0.6) for _ in range(2))).assign(
+        layer=[1, 2], lr=[0.0001, 0.0002], num_tokens=[1000, 2000], seed=[3, 4]
+    )
+    (legend,) = legends(plot_training(df, history_of(df))).values()
+    assert legend[0] == "L0=16, 1000 tokens,\nlayer 1, seed 3, lr 0.0001"
+    assert {
+        text.get_fontsize()
+        for axes in plot_training(df, history_of(df)).axes
+        if axes.get_legend()
+        for text in axes.get_legend().get_texts()
+    } == {7}
 
 
 def test_figures_that_would_be_empty_are_not_saved(tmp_path: Path) -> None:
@@ -253,7 +281,7 @@ def test_training_curves_are_lines_and_evaluations_dots() -> None:
     assert (first.get_ydata().tolist(), dot.get_xydata().tolist()) == ([100, 50], [[2000, 50]])
     assert (first.get_linestyle(), dot.get_linestyle(), dot.get_marker()) == ("-", "None", "o")
     assert first.get_color() == dot.get_color() != topk[2].lines[2].get_color()
-    assert legends(figure) == {"TopK": ["L0=16", "L0=32"], "JumpReLU": ["l1=0.005"]}
+    assert legends(figure) == {"TopK": ["L0=16", "L0=32"], "JumpReLU": ["l0=0.005"]}
 
 
 def test_a_run_too_short_to_log_has_dots() -> None:

@@ -12,7 +12,7 @@ FLOORS = [  # from top to bottom: a module imports only from those below it
     "results", "analysis.measure", "analysis.dashboard", "training", "logs", "analysis.splice", "analysis.latents",
     "activation_store", "evaluation", "text", "interop.pretrained", "language_model", "checkpoint", "sae",
     "kernels.choose", "kernels.straight_through", "kernels.sparse", "analysis.figures", "runtime.machine",
-    "runtime.cli", "runtime.ranks", "runtime.disk", "runtime.documents", "config", "runtime.checks",
+    "runtime.progress", "runtime.cli", "runtime.ranks", "runtime.disk", "runtime.documents", "config", "runtime.checks",
 ]  # fmt: skip
 OTHERS = {"tests", "benchmarks", "assets", "notebooks"}
 FILES = {

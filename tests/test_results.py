@@ -240,7 +240,7 @@ def test_table_of_two(tmp_path: Path) -> None:
     assert format_table(load_results(tmp_path)).splitlines() == [
         "type       dict  setting      L0  expl. var.  CE recovered  dead %",
         "batchtopk  2048  L0=8        8.0       0.813         0.900     6.2",
-        "jumprelu   2048  l1=0.004  123.4       0.800         0.900     6.2",
+        "jumprelu   2048  l0=0.004  123.4       0.800         0.900     6.2",
     ]
 
 
@@ -251,7 +251,7 @@ def test_table_of_fifteen_is_at_most_80_wide() -> None:
     lines = format_table(df).splitlines()
     assert len(lines) == 16
     assert max(map(len, lines)) <= 80
-    assert "1048576" in lines[1] and "L0=32" in lines[1] and "l1=0.000123457" in lines[2]
+    assert "1048576" in lines[1] and "L0=32" in lines[1] and "l0=0.000123457" in lines[2]
 
 
 def test_rows_are_told_apart(tmp_path: Path) -> None:

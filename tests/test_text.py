@@ -177,6 +177,18 @@ def test_empty_files_beside_others_and_bytes_that_are_no_utf8_do_no_harm(tmp_pat
     assert read_all(tmp_path / "rows") == ["one"]
 
 
+@pytest.mark.parametrize("named, kind, value", [
+    (None, "text", "1"), ("input_ids", "tokens", [1]), ("story", "text", "one"), ("ids", "tokens", [11]),
+])  # fmt: skip
+def test_one_column_is_read_text_unless_told_otherwise(
+    tmp_path: Path, named: str | None, kind: str, value: Value
+) -> None:
+    row = {"input_ids": [1], "story": "one", "ids": [11], "text": "1"}
+    put(tmp_path / "a.jsonl", "\n".join(json.dumps(row | {"story": None} if i == 0 else row) for i in range(9)))
+    documents = [d for part in (False, True) for d in load_documents(str(tmp_path), None, named, held_out=part)]
+    assert documents == [{kind: value}] * (8 if named == "story" else 9)
+
+
 def test_rows_without_a_value_are_left_out(tmp_path: Path) -> None:
     rows = [f"row {i}" for i in range(30)]
     assert sorted(read_all(put_rows(tmp_path / "a.jsonl", "text", [None, *rows, None]))) == sorted(rows)

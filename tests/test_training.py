@@ -21,7 +21,7 @@ from activation_store import ActivationsStore
 from config import Config, by_stream
 from kernels import choose, sparse
 from language_model import check_hooks, check_model, load_model, record
-from runtime import machine
+from runtime import machine, progress
 from runtime.disk import load_state, save_state
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 from training import Trainer, learning_rate, sparsity_coefficient, train
@@ -52,7 +52,7 @@ class Store:
     """Stand in for ActivationsStore, with rows that depend on the step alone."""
 
     def __init__(self, cfg: Config, served: int = 0, change: Callable[[Tensor, int], Tensor] = lambda x, _: x) -> None:
-        self.cfg, self.served, self.change = cfg, served, change
+        self.cfg, self.served, self.change, self.seconds = cfg, served, change, 0.0
 
     def next_batch(self) -> dict[str, Tensor]:
         self.served += 1
@@ -367,12 +367,16 @@ def test_a_log_file_has_a_line_at_least_every_minute(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_model: None
 ) -> None:
     """Here at once; with evaluations the line has their metrics."""
-    monkeypatch.setattr(training, "SILENT_SECONDS", 0)
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0)
     (sae,) = [build_sae(config("topk", num_tokens=4 * B, perf_log_freq=2))]
     train([sae], Store(sae.cfg))
-    first, second, third, *_ = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"step 1, \d\d:\d\d left", first) and re.fullmatch(r"step 3, \d\d:\d\d left", third)
-    assert re.fullmatch(r"step 2, \d\d:\d\d left: L0 1, expl\. var\. 0\.5", second)
+    left = r"\d\d:\d\d left"
+    said = [
+        f"step 1, {left}", f"step 2, {left}", "evaluating 1 SAE", rf"step 2, {left}: L0 1, expl\. var\. 0\.5",
+        f"step 3, {left}", "evaluating 1 SAE", r"[\d,]+ tokens/s; time: activations 0%, training \d+%, evaluation \d+%",
+    ]  # fmt: skip
+    for line, expected in zip(capsys.readouterr().out.splitlines(), said):
+        assert re.fullmatch(expected, line)
 
 
 def test_num_tokens_is_whole_batches_and_each_trains_every_sae_once(no_model: None) -> None:
@@ -394,10 +398,10 @@ def test_logs_evaluations_and_checkpoints_come_at_their_steps(
     results = train(saes, store, log)
     assert results == [{"l0": 3, "explained_variance": 0.5}] * len(saes)
     out, err = capfd.readouterr()
-    *evaluations, speed = out.splitlines()
+    *evaluations, speed = (line for line in out.splitlines() if line != f"evaluating {len(saes)} SAEs")
     for line, n, step in zip(evaluations, (1, 2), (4, 8), strict=True):
         assert re.fullmatch(rf"step {step}, \d\d:\d\d left: L0 {n}, expl\. var\. 0\.5", line)
-    assert speed.startswith(f"{len(saes)} SAEs: ") and len(speed) <= 80 and err == "", (
+    assert " tokens/s; time: activations 0%, training " in speed and len(speed) <= 80 and err == "", (
         "no bar where there is no terminal"
     )
     assert log.checkpoints == [(sae, step) for step in checkpoints for sae in saes]
