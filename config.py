@@ -75,7 +75,7 @@ class Stream:
     dataset_name: str | None = None
     """Configuration of a Hub data set that has several, such as "sample-10BT" of fineweb."""
     text_column: str | None = None
-    """Column of text or of token ids that is read; without it the first there is of text, content, tokens, input_ids."""
+    """Column of text or of token ids; without it the first there is of text, content, tokens and input_ids is read."""
     activations: checks.Name | None = None
     """Folder of recorded activations to train on, written by `main.py cache`; model and text then serve for evaluation
     alone. Without it the activations come from the model."""
@@ -173,6 +173,8 @@ class Run:
     """Weights & Biases project."""
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"
     """offline needs no key and no network; online sends the runs; disabled writes nothing for W&B."""
+    wandb_artifacts: bool = False
+    """Whether W&B gets the checkpoints too; `results.py wandb:...` fetches them again."""
     log_freq: checks.Positive = 50
     """Steps between two log lines of the training metrics."""
     perf_log_freq: checks.Positive = 1000

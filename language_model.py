@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.logging import set_verbosity_error
 from jaxtyping import Bool, Float, Int
@@ -22,6 +23,8 @@ from config import SITES, Config
 from runtime.checks import explained, near, require
 
 Model = Any  # TransformerLens' TransformerBridge; importing it takes ten seconds
+NOWHERE = "found neither in a folder nor on the Hub"
+ASKED_SECONDS = 5  # that the Hub has to say whether it holds a model
 TRIED_TOKENS = 7  # unlike the number of heads
 TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 
@@ -33,6 +36,16 @@ def model_source(model_name: str) -> str:
     return str(folder.absolute()) if folder.is_dir() else model_name
 
 
+def is_on_disk(model_name: str) -> bool:
+    """Say whether this disk has the model's configuration, in a folder or in the Hub's cache.
+
+    Raises OSError when it is the name of neither.
+    """
+    source = model_source(model_name)
+    with explained(f"model_name = {model_name!r}: {NOWHERE}", ValueError, remedy="give another", raised=OSError):
+        return os.path.isdir(source) or isinstance(try_to_load_from_cache(source, "config.json"), str)
+
+
 def check_model(cfg: Config) -> Config:
     """Compare cfg with the model's configuration before its weights are loaded; fill in the widths of named sites.
 
@@ -41,9 +54,11 @@ def check_model(cfg: Config) -> Config:
     set_verbosity_error()  # retries are a line each
     disable_progress_bar()
     source, said = model_source(cfg.model_name), f"model_name = {cfg.model_name!r}:"
-    problem = "has no good config.json" if os.path.exists(source) else "found neither in a folder nor on the Hub"
+    if not is_on_disk(cfg.model_name):
+        with explained(f"{said} {NOWHERE}", Exception, remedy="give another", raised=OSError):
+            HfApi().model_info(source, timeout=ASKED_SECONDS)  # AutoConfig would try for half a minute
     wrong = (OSError, ValueError, StrictDataclassError)
-    with explained(f"{said} {problem}", *wrong, remedy="give another", raised=OSError):
+    with explained(f"{said} has no good config.json", *wrong, remedy="give another", raised=OSError):
         hf = AutoConfig.from_pretrained(source).get_text_config()
     needed = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     decoder = not hf.is_encoder_decoder and all(hasattr(hf, name) for name in needed)
@@ -102,7 +117,7 @@ def check_hooks(model: Model, cfg: Config) -> Config:
     for hook in dict.fromkeys((*cfg.reads, *cfg.writes)):
         field = "target_site" if cfg.target_site and hook in cfg.writes else "site"
         site, said = getattr(cfg, field), f"{field} = {getattr(cfg, field)!r}: {cfg.model_name}"
-        block = f"{'.'.join(hook.split('.')[:2])}."
+        block = f"blocks.{cfg.layers[-1]}."
         named = [name for name, of_block in SITES.items() if block + of_block in model.hook_dict]
         others = [name.removeprefix(block) for name in model.hook_dict if name.startswith(block)]
         meant = "" if site in SITES else near(site, (*named, *others))

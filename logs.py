@@ -12,6 +12,7 @@ runs/<sweep>/                  one folder a sweep; W&B's offline files lie in it
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from runtime.disk import flush, load_state, save_state, write_durably
 from sae import BaseAutoencoder
 
 SWEEP, RESUME, METRICS = "sweep.json", "resume.safetensors", "metrics.jsonl"
+ARTIFACT_NAME = 128  # letters, at most
 WANDB_SECONDS = 60  # to wait, at the end, for what has not been sent
 
 
@@ -143,18 +145,28 @@ class RunLog:
         row = {"step": step, "tokens": tokens, **metrics}
         with (self._folders[index] / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
+        self._tell_wandb(index, step, lambda run: run.log(row, step=step))
+
+    def _tell_wandb(self, index: int, step: int, tell: Callable[[Run], object]) -> None:
+        """Pass something to an SAE's W&B run, and go on without W&B once that fails."""
         try:
             if self._runs[index] is not None:
-                self._runs[index].log(row, step=step)
+                tell(self._runs[index])
         except Exception as error:  # of a service out of our hands
             self._runs[index] = None
             file = self._folders[index] / METRICS
             tqdm.write(f"W&B failed at step {step} ({one_line(error)}); metrics go on in {file}")
 
     def checkpoint(self, sae: BaseAutoencoder, step: int) -> None:
-        """Save the SAE as it is after `step` steps."""
-        if self._writes:
-            save_checkpoint(sae, self.folder / sae.cfg.name / f"step-{step:06d}")
+        """Save the SAE as it is after `step` steps, and upload it where wandb_artifacts asks for that."""
+        if not self._writes:
+            return
+        folder = self.folder / sae.cfg.name
+        save_checkpoint(sae, folder / f"step-{step:06d}")
+        if sae.cfg.wandb_artifacts:
+            artifact = wandb.Artifact(sae.cfg.name[-ARTIFACT_NAME:], type="model", metadata={"step": step})
+            artifact.add_dir(str(folder / f"step-{step:06d}"), policy="immutable")  # makes no copies
+            self._tell_wandb(self._folders.index(folder), step, lambda run: run.log_artifact(artifact))
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write, in place of the last one, what `load_progress` reads for a later resume."""

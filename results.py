@@ -34,19 +34,21 @@ COLUMNS = {  # metric -> heading in the table, factor, decimals
 SETTING_WIDTH = 14  # of its column, unless a field is wider
 
 
-def load_results(source: str | Path) -> pd.DataFrame:
+def load_results(source: str | Path, fetch_into: Path | None = None) -> pd.DataFrame:
     """Collect one row per SAE, sorted by type (in the order of config.TYPES), dict_size and L0.
 
     source: a folder (of one SAE, a sweep or many sweeps), "wandb:entity/project" or "wandb:entity/project/sweep".
+    fetch_into: folder for the latest checkpoint of each SAE that W&B has; without it none is fetched.
     Columns:
         run, name            of the sweep and of the SAE: their folders' names, or W&B's group and name
         ...                  the fields of Config; a field that is None can read NaN
         step, tokens         how far training has come, which during a run may be past the last evaluation
         l0, mse, ...         the last value of each "eval/..." metric; those in COLUMNS are NaN before an evaluation
-        checkpoint           path of the latest checkpoint; None if there is none, and from W&B
+        checkpoint           path of the latest checkpoint, None if there is none here
     Raises ValueError or OSError when the source holds no runs, or a file is corrupt; wandb.Error when W&B refuses.
     """
-    rows = _wandb_rows(str(source)) if str(source).startswith("wandb:") else _local_rows(Path(source))
+    from_wandb = str(source).startswith("wandb:")
+    rows = _wandb_rows(str(source), fetch_into) if from_wandb else _local_rows(Path(source))
     require(rows, f"{source}: holds no runs")
     df = pd.DataFrame(rows)
     df["checkpoint"] = pd.Series([row["checkpoint"] for row in rows], dtype=object)  # a column of str makes None NaN
@@ -89,12 +91,20 @@ def _sae_folders(root: Path) -> Iterator[tuple[Path, str, str]]:
         yield folder, *folder.resolve().parts[-2:]
 
 
-def _wandb_rows(source: str) -> list[dict]:
+def _wandb_rows(source: str, fetch_into: Path | None) -> list[dict]:
     match = re.fullmatch("wandb:([^/]+/[^/]+)(?:/([^/]+))?", source)
     require(match, f'{source}: give "wandb:entity/project", or "wandb:entity/project/sweep"')
     filters = {"group": match[2]} if match[2] else {}
-    runs = wandb.Api().runs(match[1], filters=filters, lazy=False)  # lazy would make a request for every run
-    return [_row(r.group or "", r.name, r.config, r.summary_metrics, None, f"{source}, run {r.name}") for r in runs]
+    rows = []
+    for run in wandb.Api().runs(match[1], filters=filters, lazy=False):  # lazy would make a request for every run
+        sweep, checkpoint = run.group or "", None
+        saved = [] if fetch_into is None else [found for found in run.logged_artifacts() if found.type == "model"]
+        if saved:
+            last = max(saved, key=lambda artifact: artifact.metadata["step"])
+            checkpoint = last.download(root=str(fetch_into / sweep / run.name / f"step-{last.metadata['step']:06d}"))
+        place = f"{source}, run {run.name}"
+        rows.append(_row(sweep, run.name, run.config, run.summary_metrics, checkpoint, place))
+    return rows
 
 
 def _row(run: str, name: str, config: dict, last: dict, checkpoint: str | None, place: str) -> dict:
@@ -155,9 +165,9 @@ def _number(value: float, std: float, decimals: int) -> str:
 def report(source: str) -> None:
     """Print the table of trained SAEs, write it and its figures, and say what lies where.
 
-    Files go to `source` or, for W&B, to the current folder. Raises what `load_results` does.
+    Files go to `source` or, for W&B, to the current folder, and so do its checkpoints. Raises what `load_results` does.
     """
-    df = load_results(source)
+    df = load_results(source, fetch_into=Path.cwd())
     print(f"\n{format_table(df)}\n\ndrawing figures", flush=True)
     folder, history, cosines, norms = Path.cwd(), None, [], []
     if not source.startswith("wandb:"):

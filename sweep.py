@@ -88,7 +88,6 @@ def record(cfgs: list[Config], should_stop: Callable[[], bool] = lambda: False) 
     """Write the activations that a sweep reads and writes into its output_dir; see `cache.write`."""
     cfg, folder = cfgs[0], Path(cfgs[0].output_dir)
     ranks.start(cfg.share, cfg.torch_device)
-    require(cfg.output_dir != Config.output_dir, f"output_dir = {cfg.output_dir!r}: give a folder for the activations")
     require(ranks.count() == ranks.world_size(), "share = 'saes': processes share what is recorded; leave it out")
     several = "cache: several streams of activations; give one value to each field of model, text and batches"
     require(len(by_stream(cfgs)) == 1, several)

@@ -1,5 +1,6 @@
 """Look at a dictionary's latents: how often they fire, how near to each other they are, and which come back."""
 
+import reprlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -62,11 +63,11 @@ def top_contexts(
     Columns: latent, activation, window, position, token, and context, the text around it with the token in brackets.
     Raises: ValueError when a latent is none or the tokens do not fit the model.
     """
-    _check_latents(sae, latents)
+    latents = checked_latents(sae, latents)
     acts = torch.zeros(*tokens.shape, len(latents))
     done = 0
     for _, ordinary, encoded in _encoded(sae, model, tokens):
-        acts[done : done + len(ordinary)][ordinary.cpu()] = encoded[:, list(latents)].cpu()
+        acts[done : done + len(ordinary)][ordinary.cpu()] = encoded[:, latents].cpu()
         done += len(ordinary)
     rows = []
     for latent, values in zip(latents, acts.flatten(0, 1).T):
@@ -87,10 +88,14 @@ def _around(model: Model, tokens: Int[Tensor, "pos"], position: int) -> str:
     return f"{before}[{here}]{after}"
 
 
-def _check_latents(sae: BaseAutoencoder, latents: Sequence[int]) -> None:
-    last = sae.cfg.dict_size - 1
-    wrong = [latent for latent in latents if not 0 <= latent <= last]
+def checked_latents(sae: BaseAutoencoder, latents: Sequence[int]) -> list[int]:
+    """Return the numbers of latents as a list. Raises ValueError when they are none, or there is no such latent."""
+    numbers, last = np.asarray(latents), sae.cfg.dict_size - 1
+    one_each = numbers.ndim == 1 and numbers.dtype.kind in "iu"
+    require(one_each, f"latents = {reprlib.repr(latents)}: give a list of numbers, or a column such as table['latent']")
+    wrong = numbers[(numbers < 0) | (numbers > last)].tolist()
     require(not wrong, f"latents = {wrong[:1]}: there is none; give numbers from 0 to {last}")
+    return numbers.tolist()
 
 
 @torch.no_grad()
@@ -108,17 +113,18 @@ def find_latents(
     the text says of the latent, by which they are ordered. Raises: ValueError when the tokens do not fit the model.
     """
     tokens = model.to_tokens(text, prepend_bos=True) if isinstance(text, str) else text
+    density = torch.as_tensor(density, dtype=torch.float64, device="cpu")
     found = [(batch[ordinary], acts) for batch, ordinary, acts in _encoded(sae, model, tokens)]
     ids, acts = (torch.cat(parts).cpu() for parts in zip(*found))
     share = (acts > 0).double().mean(dim=0)
-    nats = share * (share / density.cpu().double().clamp_min(LEAST_DENSITY)).log()
+    nats = share * (share / density.clamp_min(LEAST_DENSITY)).log()
     nats[share == 0] = -torch.inf
     strongest, places = acts.max(dim=0)
     latents = nats.topk(min(count, int((share > 0).sum()))).indices
     columns = {
         "latent": latents, "activation": strongest[latents],
         "token": [model.to_string(ids[place : place + 1]) for place in places[latents].tolist()],
-        "share": share[latents], "density": density.cpu()[latents], "nats": nats[latents],
+        "share": share[latents], "density": density[latents], "nats": nats[latents],
     }  # fmt: skip
     return DataFrame(columns)
 
@@ -144,8 +150,9 @@ def nearest_latents(
 def match(a: BaseAutoencoder, b: BaseAutoencoder) -> DataFrame:
     """Find the latent of b nearest to each latent of a, by the cosine of their decoder rows.
 
-    Columns: latent, nearest, cosine. `matched_cosines` matches them one to one. Raises: ValueError when they write
-    activations of different widths.
+    Columns: latent, nearest, cosine. `matched_cosines` matches them one to one. Dictionaries of one seed and size begin
+    with the same weights, which short training leaves alike: to see what both have found, give them different seeds.
+    Raises: ValueError when they write activations of different widths.
     """
     wide = f"b: writes {b.cfg.d_out} activations, and a {a.cfg.d_out}; give dictionaries of one hook"
     require(a.cfg.d_out == b.cfg.d_out, wide)

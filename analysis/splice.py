@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from pandas import DataFrame
 from torch import Tensor, nn
 
+from analysis.latents import checked_latents
 from evaluation import HeldOut, Predictions, ce, kl, top1_agreement
 from language_model import Model, logits_at, ordinary_positions, replacing
 from runtime.checks import require
@@ -153,12 +154,12 @@ def ablation_table(
     """Measure what the model predicts without each of some latents, one at a time, on windows of tokens.
 
     Columns, over all predictions: latent; ce_change, the rise of the cross-entropy in nats; kl, from the predictions
-    with the latent; changed, the share whose likeliest token is another; loses and gains, the tokens whose log
+    with the latent; changed, the share whose likeliest token is another; loses and gains, the tokens whose
     probability falls and rises most on average. The SAE's error is left in, so that the latent alone is missing.
     Raises: ValueError when a latent is none or the tokens do not fit the model.
     """
     held_out, hook, rows = HeldOut(model, tokens), sae.cfg.hook_name, []
-    for latent in latents:
+    for latent in checked_latents(sae, latents):
         totals, shift = torch.zeros(3, dtype=torch.float64), 0
         for batch in held_out.batches:
             clean = Predictions.of(batch.targets, logits_at(model, batch.tokens, batch.predicts).float())
@@ -167,7 +168,7 @@ def ablation_table(
             seen = Predictions.of(batch.targets, logits, clean)
             metrics = ce(seen) - ce(clean), kl(seen), 1 - top1_agreement(seen)
             totals += torch.stack([metric.double().sum() for metric in metrics]).cpu()
-            shift = shift + (logits.log_softmax(dim=1) - clean.logits.log_softmax(dim=1)).double().sum(dim=0)
+            shift = shift + ((logits - seen.log_z[:, None]).exp() - clean.p).double().sum(dim=0)
         moved = []
         for sign in (-1, 1):
             most, ids = (sign * shift).topk(EFFECTS)

@@ -79,7 +79,10 @@ def parse(words: list[str]) -> Options:
     if "overrides" in asked:
         given = read_overrides(Path(asked["overrides"])) | given
     given = {name: tuple(_value(value, HINTS[name]) for value in values) for name, values in given.items()}
-    return Options(sweep, override(SWEEPS[sweep](), given), dry_run="dry_run" in asked, is_cache=is_cache)
+    cfgs = override(SWEEPS[sweep](), given)
+    new = f"output_dir = {cfgs[0].output_dir!r}: give a folder for the activations"
+    require(not is_cache or cfgs[0].output_dir != Config.output_dir, new)
+    return Options(sweep, cfgs, dry_run="dry_run" in asked, is_cache=is_cache)
 
 
 def answer(words: list[str]) -> str | None:

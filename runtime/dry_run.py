@@ -5,16 +5,13 @@ The Hub is not contacted, so for a model that is not on this disk only its Confi
 
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import HINTS, Config, by_stream, unused_by, widths_of
 from evaluation import MAX_LOGITS, MAX_LOGITS_ON_GPU
-from language_model import check_model, model_source
-from runtime.checks import explained
+from language_model import check_model, is_on_disk, model_source
 from runtime.cli import INDENTED, WIDTH, written
 from runtime.documents import local_files
 from runtime.preflight import check_activations, check_texts
@@ -26,7 +23,7 @@ STEP_ROWS, DENSE_ROWS, EVAL_LOGITS = 16, 5, 10  # tensors alive at once: [batch,
 
 def describe(cfgs: list[Config]) -> Iterator[str]:
     """Yield lines of at most 80 columns. Raises ValueError or OSError where a run would before it loads the model."""
-    known = {cfg.model_name for cfg in cfgs if _is_known(cfg.model_name)}
+    known = {cfg.model_name for cfg in cfgs if is_on_disk(cfg.model_name)}
     cfgs = [check_model(cfg) if cfg.model_name in known else cfg for cfg in cfgs]
     check_activations(cfgs)
     local = [path for path in dict.fromkeys(cfg.dataset_path for cfg in cfgs) if local_files(path)]
@@ -40,13 +37,6 @@ def describe(cfgs: list[Config]) -> Iterator[str]:
     for group in by_stream(cfgs):
         yield f"\n{heading(group)}"
         yield from _size(group, group[0].model_name in known)
-
-
-def _is_known(model_name: str) -> bool:
-    """Say whether this disk has the model's configuration."""
-    source = model_source(model_name)
-    with explained(f"model_name = {model_name!r}: no folder and no Hub name", ValueError, remedy="give another"):
-        return Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
 
 
 def _fields(cfg: Config, names: set[str]) -> list[str]:

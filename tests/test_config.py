@@ -19,11 +19,11 @@ CHANGED = dict(
     prefixes=(0.5, 1.0), top_k_aux=128, aux_penalty=0.1, dead_after_tokens=1000, product_dtype="bfloat16", seed=1,
     init_from="user/repo", input_unit_norm=True, lr=1e-3,
     beta1=0.8, beta2=0.99, max_grad_norm=2.0, lr_warmup=0.1, lr_decay=0.1, sparsity_warmup=0.2, device="cuda:1",
-    wandb_project="other", wandb_mode="disabled", log_freq=10, perf_log_freq=10, eval_windows=8, checkpoint_freq=10,
+    wandb_project="other", wandb_mode="disabled", wandb_artifacts=True, log_freq=10, perf_log_freq=10, eval_windows=8, checkpoint_freq=10,
     resume_freq=10, share="saes", output_dir="elsewhere",
 )  # fmt: skip
 OUTPUT = {
-    "device", "wandb_project", "wandb_mode", "log_freq", "perf_log_freq", "eval_windows", "checkpoint_freq",
+    "device", "wandb_project", "wandb_mode", "wandb_artifacts", "log_freq", "perf_log_freq", "eval_windows", "checkpoint_freq",
     "resume_freq", "share", "output_dir",
 }  # fmt: skip
 UNUSED = {
@@ -160,7 +160,9 @@ def test_a_field_of_several_numbers_takes_a_list_and_one_alone() -> None:
 
 def test_fields_of_few_values() -> None:
     few = {field: values for field, hint in HINTS.items() if (values := choices(hint))}
-    assert few.pop("input_unit_norm") == few.pop("skip") == ("True", "False") and few["sae_type"] == tuple(TYPES)
+    for field in ("input_unit_norm", "skip", "wandb_artifacts"):
+        assert few.pop(field) == ("True", "False")
+    assert few["sae_type"] == tuple(TYPES)
     assert list(few) == ["dtype", "sae_type", "product_dtype", "wandb_mode", "share"]
     assert all(checked(field, value, HINTS[field]) == value for field, values in few.items() for value in values)
 

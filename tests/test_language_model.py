@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from hub_server import standing_in
 from torch import Tensor
 from torch.testing import assert_close
 from transformer_lens.model_bridge import TransformerBridge
@@ -251,6 +252,13 @@ def test_a_model_that_is_not_there_is_named_in_one_line(model_name: str, monkeyp
     assert "\n" not in message
 
 
+def test_the_hub_is_asked_once_for_a_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The libraries would ask five times, waiting longer each time."""
+    with standing_in(monkeypatch, tmp_path) as hub, pytest.raises(OSError, match="neither in a folder nor on the Hub"):
+        check_model(Config(model_name="user/none"))
+    assert [(method, path) for method, path, _ in hub.requests] == [("GET", "/api/models/user/none")]
+
+
 def test_a_model_folder_is_found_from_home(tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tiny_gpt2.parent))
     assert check_model(Config(model_name=f"~/{tiny_gpt2.name}", layer=1, seq_len=64)).act_size == 16
@@ -270,7 +278,7 @@ def test_a_site_that_the_model_lacks_is_refused_with_those_it_has(tmp_path: Path
 
 @pytest.mark.parametrize("site, width", [
     ("mlp_in", 16), ("attn_in", 16), ("mlp.hook_post", 64), ("mlp.hook_pre", 64), ("attn.hook_q", 16),
-    ("attn.hook_z", 16), ("ln2.hook_normalized", 16), ("attn.o.hook_in", 16),
+    ("attn.hook_z", 16), ("ln2.hook_normalized", 16), ("attn.o.hook_in", 16), ("hook_mlp_in", 16),
 ])  # fmt: skip
 def test_any_hook_of_a_block_is_a_site_and_its_width_is_found(
     model: TransformerBridge, tiny_gpt2: Path, site: str, width: int
@@ -282,6 +290,34 @@ def test_any_hook_of_a_block_is_a_site_and_its_width_is_found(
     assert (found.d_in, found.d_out, found.target_size) == (16, width, width)
 
 
+@torch.no_grad()
+def test_what_enters_the_mlp_alone_is_replaced_without_a_switch(model: TransformerBridge, tokens: Tensor) -> None:
+    """hook_mlp_in is the residual stream on its way into the MLP, which ln2.hook_in is too."""
+    cfg = Config(layer=1, site="hook_mlp_in")
+    assert cfg.reads == ("blocks.1.ln2.hook_in",)
+    acts = record(model, tokens, [*cfg.reads, "blocks.1.hook_resid_mid"])
+    assert torch.equal(*acts.values())
+    expected = []
+    model.set_use_hook_mlp_in(True)
+    for on, hook in ((True, "blocks.1.hook_mlp_in"), (False, cfg.hook_name), (False, "blocks.1.hook_in")):
+        model.set_use_hook_mlp_in(on)
+        with replacing(model, {hook: torch.zeros_like}):
+            expected.append(model(tokens, return_type="logits"))
+    assert torch.equal(expected[0], expected[1]) and not torch.equal(expected[0], expected[2])
+
+
+@pytest.mark.parametrize("site, hook", [("hook_embed", "hook_embed"), ("ln_final.hook_normalized",) * 2])
+def test_a_hook_outside_the_blocks_is_a_site(
+    model: TransformerBridge, tiny_gpt2: Path, tokens: Tensor, site: str, hook: str
+) -> None:
+    cfg = Config(model_name=str(tiny_gpt2), layer=1, site=site, device="cpu")
+    assert (cfg.layer, cfg.reads, cfg.writes) == (0, (hook,), (hook,))
+    assert check_hooks(model, cfg) == replace(cfg, act_size=16)
+    assert Config(layer=1, site="mlp_in", target_site=site).writes == (hook,)
+    with pytest.raises(ValueError, match="^site = 'hook_embed.x': .* has no such hook; give one of resid_pre, "):
+        check_hooks(model, replace(cfg, site="hook_embed.x"))
+
+
 def test_a_target_that_comes_first_is_refused(model: TransformerBridge, tiny_gpt2: Path) -> None:
     cfg = Config(model_name=str(tiny_gpt2), layer=1, site="mlp_out", target_site="mlp_in", device="cpu")
     with pytest.raises(ValueError, match=r"^target_site = 'mlp_in': comes before mlp_out in .*; exchange them$"):
@@ -290,7 +326,7 @@ def test_a_target_that_comes_first_is_refused(model: TransformerBridge, tiny_gpt
 
 @pytest.mark.parametrize("site, why", [
     ("attn.hook_attn_scores", "has no vector for each token at"), ("attn.hook_pattern", "has no vector for each tok"),
-    ("attn.qkv.hook_out", "has no vector for each token at"), ("hook_mlp_in", "cannot be used .*set_use_hook_mlp_in"),
+    ("attn.qkv.hook_out", "has no vector for each token at"), ("hook_attn_in", "cannot be used .*set_use_attn_in"),
     ("mlp.hook_pots", "has no such hook; did you mean mlp.hook_post[?]"),
 ])  # fmt: skip
 def test_a_hook_that_is_not_what_it_seems_is_refused(

@@ -1,10 +1,12 @@
 """analysis/latents.py and ablation_table: against what encode, splice and the model say one position at a time."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from pandas import DataFrame
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -76,7 +78,7 @@ def test_find_latents_ranks_what_fires_here_against_what_fires_anywhere(
         strongest, place = acts[:, row.latent].max(dim=0)
         assert_close(row.activation, float(strongest), rtol=1e-5, atol=1e-5)
         assert row.token == model.to_string(ids[place : place + 1])
-    assert find_latents(sae, model, tokens[:1], density, count=3).shape == (3, 6)
+    assert find_latents(sae, model, tokens[:1], density.numpy(), count=3).shape == (3, 6)
 
 
 def test_match_finds_the_nearest_of_another_dictionary(sae: BaseAutoencoder) -> None:
@@ -106,7 +108,7 @@ def test_ablation_table_against_the_model_spliced_by_hand(
         assert_close(row.changed, float((clean.argmax(dim=-1) != log_p.argmax(dim=-1)).double().mean()))
     for row in table[:2].itertuples():
         with torch.no_grad(), splice(model, sae, error_term=True, scale={(hook, row.latent): 0.0}):
-            shift = (model(tokens)[:, 1:-1].double().log_softmax(dim=-1) - clean).sum(dim=(0, 1))
+            shift = (model(tokens)[:, 1:-1].double().softmax(dim=-1) - clean.exp()).sum(dim=(0, 1))
         assert row.loses == [model.to_string(token[None]) for token in shift.topk(5, largest=False).indices]
         assert row.gains == [model.to_string(token[None]) for token in shift.topk(5).indices]
     assert table["loses"].iloc[2] == table["gains"].iloc[2] == []
@@ -124,9 +126,19 @@ def test_several_latents_are_scaled_at_once(
     assert torch.equal(*found) and not torch.equal(found[0], model(tokens))
 
 
-@pytest.mark.parametrize("latent", [-1, 64])
-def test_a_latent_that_is_none_is_refused(sae: BaseAutoencoder, model: Model, tokens: Tensor, latent: int) -> None:
-    with pytest.raises(ValueError, match=rf"latents = \[{latent}\]: there is none; give numbers from 0 to 63"):
-        top_contexts(sae, model, tokens, [0, latent])
-    with pytest.raises(ValueError, match="the SAE there has latents 0 to 63"):
-        ablation_table(model, sae, tokens, [latent])
+@pytest.mark.parametrize("latents, said", [
+    ([0, -1], r"latents = [-1]: there is none; give numbers from 0 to 63"),
+    ([64], r"latents = [64]: there is none; give numbers from 0 to 63"),
+    (3, "latents = 3: give a list of numbers, or a column such as table['latent']"),
+    ([0.5], "latents = [0.5]: give a list of numbers"),
+    (DataFrame({"latent": [1]}), "give a list of numbers, or a column such as table['latent']"),
+])  # fmt: skip
+def test_latents_that_are_none_are_refused(
+    sae: BaseAutoencoder, model: Model, tokens: Tensor, latents: object, said: str
+) -> None:
+    for table in (
+        lambda: top_contexts(sae, model, tokens, latents),
+        lambda: ablation_table(model, sae, tokens, latents),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            table()

@@ -114,6 +114,33 @@ def test_wandb_offline_is_one_run_per_sae_grouped_by_sweep_without_a_network(
         assert all(row.items() >= wanted.items() for row, wanted in zip(history[sae_type], expected))
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_checkpoints_are_artifacts_of_their_runs_where_asked_for(
+    tmp_path: Path, visitors: socket.socket, asked: bool
+) -> None:
+    cfgs = two_configs(wandb_artifacts=asked)
+    log = RunLog(tmp_path / "sweep-7", cfgs)
+    log.checkpoint(build_sae(cfgs[1]), 4)
+    log.close()
+    wandb.teardown()
+    found = {}
+    for file in (tmp_path / "sweep-7" / "wandb").glob("offline-run-*/*.wandb"):
+        said = list(records(file))
+        (run,) = (r.run for r in said if r.WhichOneof("record_type") == "run")
+        requests = (r.request.log_artifact for r in said if r.WhichOneof("record_type") == "request")
+        uploads = [r.artifact for r in said if r.WhichOneof("record_type") == "artifact"]
+        found[run.display_name] = uploads + [request.artifact for request in requests if request.artifact.name]
+    assert not found[cfgs[0].name]
+    if asked:
+        (artifact,) = found[cfgs[1].name]
+        folder = tmp_path / "sweep-7" / cfgs[1].name / "step-000004"
+        assert (artifact.type, json.loads(artifact.metadata)) == ("model", {"step": 4})
+        files = {entry.path: entry.local_path for entry in artifact.manifest.contents}
+        assert files == {path.name: str(path) for path in folder.iterdir()} and len(files) == 3
+    else:
+        assert not found[cfgs[1].name]
+
+
 # ---- going on after an interruption ----
 
 

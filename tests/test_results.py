@@ -18,7 +18,7 @@ import torch
 import wandb
 
 import results
-from checkpoint import save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from config import HINTS, TYPES, Config, SaeType
 from results import format_table, load_history, load_results, report
 from sae import build_sae
@@ -217,6 +217,29 @@ def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = load_results("wandb:me/saes")
     assert list(everything["run"]) == ["a", "", "a"]
     assert len(format_table(everything).splitlines()) == 2 + 1 + 1 + 4  # two sweeps: names, headers, gap, SAEs
+
+
+def test_wandb_s_latest_checkpoints_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def artifact(step: int, kind: str = "model") -> SimpleNamespace:
+        def download(root: str) -> str:
+            sae.cfg = replace(sae.cfg, seed=step)
+            save_checkpoint(sae, root)
+            return root
+
+        inspect.signature(wandb.Artifact.download).bind(None, root="")
+        return SimpleNamespace(type=kind, metadata={"step": step}, download=download)
+
+    sae = build_sae(Config(sae_type="topk", act_size=4, dict_size=8, target_l0=2, device="cpu"))
+    saved = [artifact(20), artifact(140), artifact(7), artifact(999, "wandb-history")]
+    run = SimpleNamespace(group="a", name="one", config=sae.cfg.to_dict(), summary_metrics=evaluation(2.0))
+    other = SimpleNamespace(**vars(run) | {"name": "other", "logged_artifacts": list})
+    run.logged_artifacts = lambda: saved
+    assert callable(wandb.apis.public.Run.logged_artifacts)
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda *args, **options: [run, other]))
+    df = load_results("wandb:me/saes", fetch_into=tmp_path)
+    assert list(df["checkpoint"]) == [str(tmp_path / "a/one/step-000140"), None]
+    assert load_checkpoint(df["checkpoint"][0]).cfg.seed == 140
+    assert list(load_results("wandb:me/saes")["checkpoint"]) == [None, None]
 
 
 def test_wandb_columns_are_the_folders_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
