@@ -132,9 +132,10 @@ def plot_density(df: pd.DataFrame, densities: Sequence[Float[np.ndarray, "dict_s
     decades = max(1, -math.floor(math.log10(fired.min())))
     edges = np.logspace(-decades, 0, BINS_PER_DECADE * decades + 1)
     labels = [f"{label}, {(d == 0).mean():.0%} never" for label, d in zip(row_labels(df), densities)]
-    figure = _histograms(df, densities, edges, labels, "Share of tokens")
+    figure = _histograms(df, densities, edges, labels, "Density")
     figure.axes[0].set_xscale("log")
-    figure.axes[0].xaxis.set(major_locator=LogLocator(numticks=5), minor_locator=NullLocator())
+    figure.axes[0].xaxis.set(major_locator=LogLocator(numticks=3), minor_locator=NullLocator())
+    figure.axes[0].xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")  # as the dashboard writes them
     return figure
 
 

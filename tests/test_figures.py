@@ -323,6 +323,7 @@ def test_density_counts_the_latents_of_each_decade() -> None:
     assert (edges[0], edges[-1], axes.get_xscale()) == (pytest.approx(1e-3), 1, "log")
     found = {round(math.log10(edges[i]), 1): values[i] for i in values.nonzero()[0]}
     assert found == {-3.0: 0.3, -0.7: 0.4, -0.3: 0.1}
+    assert [axes.xaxis.get_major_formatter()(share, None) for share in (1e-5, 0.1, 1)] == ["0.001%", "10%", "100%"]
     assert legends(figure) == {"Vanilla": ["l1=0.005, 20% never"]}
     with pytest.raises(ValueError, match="no latent fires"):
         plot_density(frame(("vanilla", 2048, 20, 0.5, 0.6)), [np.zeros(4)])

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -31,6 +33,26 @@ def test_it_runs_where_there_are_no_runs(copy: Path, notebook: Path) -> None:
     done = subprocess.run(command, cwd=copy, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert len(list(copy.glob("runs/brief/tiny-*/results.csv"))) == 1
+
+
+TRAINING = """
+import torch
+from activation_store import TensorStore
+from config import Config
+from sae import build_sae
+from training import train
+
+cfg = Config(act_size=8, dict_size=32, target_l0=4, num_tokens=8192, device="cpu")
+train([build_sae(cfg)], TensorStore(torch.randn(9999, 8), cfgs=[cfg]))
+"""
+
+
+def test_training_shows_a_bar_in_jupyter(copy: Path) -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TRAINING)])
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": copy}}).execute()
+    outputs = notebook.cells[0].outputs
+    shown = [output for output in outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
+    assert len(shown) == 1 and not any(output.get("name") == "stderr" for output in outputs)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
