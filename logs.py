@@ -45,7 +45,7 @@ def read_sweep(folder: Path) -> list[Config]:
     Raises ValueError when the folder is none, its file is damaged, or it was begun by another number of processes.
     """
     file = folder / SWEEP
-    missing = f"{file}: no such file; give the folder of a sweep, such as runs/tiny-20261123-183000-417205"
+    missing = f"{file}: no such file; give the folder of a sweep, such as runs/tiny-lm-20261123-183000-417205"
     require(file.is_file(), missing)
     with explained(f"{file}: damaged", ValueError, TypeError, KeyError, remedy="begin the sweep anew"):
         sweep = json.loads(file.read_text())

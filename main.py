@@ -56,7 +56,7 @@ def main(words: list[str]) -> int:
             done = f"to train on them: --activations {options.cfgs[0].output_dir}"
             print(f"{stopped}; the same command goes on" if stopped else done)
             return 0
-        cfgs, folder = sweep.begin(options.cfgs, options.sweep, options.resume)
+        cfgs, folder = sweep.begin(options.cfgs, options.name, options.resume)
         stopped = sweep.run(cfgs, folder, StopAfterStep(processes))
         if stopped is not None:
             print(f"{stopped}; {_how_to_go_on(folder)}")

@@ -35,7 +35,7 @@ SETTING_WIDTH = 14  # of its column, unless a field is wider
 
 
 def load_results(source: str | Path, fetch_into: Path | None = None) -> pd.DataFrame:
-    """Collect one row per SAE, sorted by type (in the order of config.TYPES), dict_size and L0.
+    """Collect one row per SAE, sorted by type (in the order of config.TYPES), layer, dict_size and L0.
 
     source: a folder (of one SAE, a sweep or many sweeps), "wandb:entity/project" or "wandb:entity/project/sweep".
     fetch_into: folder for the latest checkpoint of each SAE that W&B has; without it none is fetched.
@@ -53,8 +53,10 @@ def load_results(source: str | Path, fetch_into: Path | None = None) -> pd.DataF
     df = pd.DataFrame(rows)
     df["checkpoint"] = pd.Series([row["checkpoint"] for row in rows], dtype=object)  # a column of str makes None NaN
     rank = {sae_type: i for i, sae_type in enumerate(TYPES)}
-    by = ["sae_type", "dict_size", "l0"]
-    return df.sort_values(by, key=lambda c: c.map(rank) if c.name == "sae_type" else c, ignore_index=True)
+    df["layers"] = df["layer"].map(lambda layer: layer if isinstance(layer, tuple) else (layer,))
+    by = ["sae_type", "layers", "dict_size", "l0"]
+    df = df.sort_values(by, key=lambda c: c.map(rank) if c.name == "sae_type" else c, ignore_index=True)
+    return df.drop(columns="layers")
 
 
 def load_history(folder: str | Path) -> pd.DataFrame:

@@ -38,7 +38,7 @@ given. Defaults below are those of the sweep {sweep}."""
 class Options(NamedTuple):
     """What the command line asks for: a sweep to train, to estimate or to record activations of, or one to resume."""
 
-    sweep: str
+    name: str  # of the sweep, or of its model where none is named: its folder begins with it
     cfgs: list[Config]
     resume: str | None = None
     dry_run: bool = False
@@ -82,7 +82,8 @@ def parse(words: list[str]) -> Options:
     cfgs = override(SWEEPS[sweep](), given)
     new = f"output_dir = {cfgs[0].output_dir!r}: give a folder for the activations"
     require(not is_cache or cfgs[0].output_dir != Config.output_dir, new)
-    return Options(sweep, cfgs, dry_run="dry_run" in asked, is_cache=is_cache)
+    name = asked.get("sweep") or re.sub(r"[^\w.-]", "-", Path(cfgs[0].model_name).name) or "model"
+    return Options(name, cfgs, dry_run="dry_run" in asked, is_cache=is_cache)
 
 
 def answer(words: list[str]) -> str | None:

@@ -48,6 +48,11 @@ def parse(*args: str) -> list[Config]:
     return cli.parse(list(args)).cfgs
 
 
+def test_a_folder_is_named_after_the_sweep_or_else_the_model() -> None:
+    named = [["gpt2"], ["--model-name=EleutherAI/pythia-160m"], ["--model-name=/data/llama 1b/"], []]
+    assert [cli.parse(words).name for words in named] == ["gpt2", "pythia-160m", "llama-1b", "tiny-lm"]
+
+
 # ---- from the command line to the plot ----
 
 

@@ -183,6 +183,14 @@ def test_no_evaluation_yet(tmp_path: Path, lines: tuple[dict, ...]) -> None:
     assert format_table(df).splitlines()[1].split() == ["batchtopk", "2048", "L0=32", "-", "-", "-", "-"]
 
 
+def test_layers_come_in_order(tmp_path: Path) -> None:
+    for layer, l0 in ((1, 9.0), (0, 20.0), ((0, 1), 7.0), (1, 8.0), (0, 10.0)):
+        cfg = Config(sae_type="topk", layer=layer, target_l0=int(l0))
+        write_sae(tmp_path / "s", cfg, evaluation(l0))
+    found = load_results(tmp_path)[["layer", "l0"]].values.tolist()
+    assert found == [[0, 10.0], [0, 20.0], [(0, 1), 7.0], [1, 8.0], [1, 9.0]]
+
+
 def test_missing_folder_and_folder_without_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gone: no such folder$"):
         load_results(tmp_path / "gone")
