@@ -290,7 +290,11 @@ class TensorStore(Store):
         most = max(1, self.cfg.eval_windows * (self.cfg.seq_len - 1) // BLOCK)
         blocks = range(self._trained, self._first[-1])
         read = [self._block(number) for number in blocks[:: -(-len(blocks) // most)]]
-        return HeldOutRows({hook: torch.cat([rows[hook] for rows in read]) for hook in self.hooks})
+        held_out = {hook: torch.cat([rows[hook] for rows in read]) for hook in self.hooks}
+        for hook, rows in held_out.items():
+            finite = f"activations: held-out rows at {hook} have numbers that are not finite; leave such rows out"
+            require(torch.stack(rows.aminmax()).isfinite().all(), finite)
+        return HeldOutRows(held_out)
 
     def is_at_an_end(self, position: BlockPosition | None) -> bool:
         return position is not None and position.blocks % self._own == 0
@@ -300,7 +304,7 @@ class TensorStore(Store):
         blocks = position.blocks if position else 0
         epoch, place = divmod(blocks, self._own)
         if (epoch, place) == (1, 0):
-            tqdm.write(f"all {self._rows:,} rows read: starting over, reshuffled")
+            tqdm.write("all rows to train on have been read: starting over, reshuffled")
         if self._order_of[0] != epoch:
             order = list(range(self._trained))
             random.Random(f"{self.cfg.text_seed} {epoch}").shuffle(order)

@@ -7,6 +7,7 @@ acts/
     manifest.json                 what was recorded: "config", "hooks" with their widths, "files" with their rows
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -157,5 +158,7 @@ def _finish(folder: Path, of: dict[str, Any]) -> None:
     """Write the checksums and, last, the manifest, whose presence says that the folder is whole."""
     states = [load_state(_resume_file(folder, rank)) for rank in range(of["processes"])]
     files, sums = ({name: value for state in states for name, value in state[key].items()} for key in ("files", "sums"))
+    manifest = json.dumps(of | {"files": files}, indent=2).encode()
+    sums[MANIFEST] = hashlib.sha256(manifest).hexdigest()
     write_durably(folder / SUMS, "".join(f"{sum}  {name}\n" for name, sum in sums.items()).encode())
-    write_durably(folder / MANIFEST, json.dumps(of | {"files": files}, indent=2).encode())
+    write_durably(folder / MANIFEST, manifest)

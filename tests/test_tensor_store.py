@@ -1,5 +1,6 @@
 """TensorStore: recorded rows are served once an epoch, in no order, aligned, and never those that are held out."""
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -94,6 +95,14 @@ def test_the_last_tenth_of_the_blocks_is_held_out_and_evaluated_on_evenly() -> N
     )
     starts = few[::BLOCK, 0].tolist()
     assert len(few) == 4 * BLOCK and len({*starts}) == 4
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_held_out_rows_must_be_finite(number: float) -> None:
+    x = numbered(D)
+    x[TRAINED + 3, 1] = number
+    with pytest.raises(ValueError, match=f"held-out rows at {re.escape(X)} have numbers that are not finite"):
+        TensorStore(x, cfgs=[config(site="mlp_in")]).held_out()
 
 
 @pytest.mark.parametrize("batch_size", [60, 70])
