@@ -23,6 +23,7 @@ from runtime.disk import save_tensors, sha256, write_durably
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 
 CFG, WEIGHTS, COUNTERS = "cfg.json", "sae_weights.safetensors", "counters.safetensors"
+UNIT_ROUNDING = 1e-5  # by which the norms of rows of norm 1 may seem to differ from it
 SAE_LENS_VERSION = "6.0.0"  # of the format; without it SAELens reads cfg.json as an older one and drops the metadata
 
 
@@ -120,6 +121,9 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 def _sae_lens_cfg(sae: BaseAutoencoder) -> dict[str, Any]:
     cfg, row = sae.cfg, sae.cfg.type
     architecture, d_out = row.sae_lens, {}
+    named = {theirs: getattr(cfg, ours) for theirs, ours in row.sae_lens_fields}
+    if "k" in named:  # so that SAELens folds the norms of decoder rows, where that changes nothing
+        named["rescale_acts_by_decoder_norm"] = bool((sae.W_dec.norm(dim=1) - 1).abs().max() < UNIT_ROUNDING)
     if not sae.y_is_x:
         skip = "skip_" * cfg.skip
         architecture = f"{skip}transcoder" if row.sae_lens == "standard" else f"{row.sae_lens}_{skip}transcoder"
@@ -134,7 +138,7 @@ def _sae_lens_cfg(sae: BaseAutoencoder) -> dict[str, Any]:
         "apply_b_dec_to_input": sae.y_is_x,
         "normalize_activations": "layer_norm" if cfg.input_unit_norm else "none",
         "reshape_activations": "hook_z" if cfg.site == "z" else "none",
-        **{theirs: getattr(cfg, ours) for theirs, ours in row.sae_lens_fields},
+        **named,
         "metadata": {
             "sae_lens_version": SAE_LENS_VERSION,
             "model_name": cfg.model_name,
@@ -142,9 +146,11 @@ def _sae_lens_cfg(sae: BaseAutoencoder) -> dict[str, Any]:
             "hook_name_out": cfg.writes[0],
             "context_size": cfg.seq_len,
             "prepend_bos": True,
+            "exclude_special_tokens": True,
             "seqpos_slice": [None],
             "dataset_path": cfg.dataset_path,
             "training_architecture": cfg.sae_type,
+            "training_architecture_details": {"k": cfg.target_l0, "matryoshka_widths": getattr(sae, "widths", None)},
         },
     }
 

@@ -142,6 +142,8 @@ def main() -> None:
 
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
+    said = out / "tokenizer_config.json"  # by a name that transformers 4 has too
+    said.write_text(said.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     unigram, bigram, pseudo = count_cross_entropies(train, held_out)
     cross_entropy = model_cross_entropy(GPT2LMHeadModel.from_pretrained(out, dtype=torch.float32), held_out)
     config = model.config

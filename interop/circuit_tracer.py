@@ -10,8 +10,10 @@ from pathlib import Path
 
 import yaml
 from torch import Tensor
+from transformers import AutoConfig
 
 from interop.hub import published
+from language_model import is_on_disk, model_source
 from runtime.checks import require
 from runtime.disk import save_tensors, write_durably
 from sae import BaseAutoencoder
@@ -25,8 +27,9 @@ def save_transcoder_set(transcoders: Sequence[BaseAutoencoder], folder: str | Pa
     """Write one transcoder per layer, 0 to n - 1, given in any order, into `folder`, replacing such a set there.
 
     Put on the Hub, it is what `ReplacementModel.from_pretrained(model_name, "user/repo")` of circuit-tracer takes.
-    Raises: ValueError when a layer is missing, the transcoders differ in model, hooks or size, they are of type topk,
-    which these files cannot hold, or the folder holds anything else; OSError when the disk has no room.
+    Raises: ValueError when a layer is missing (the last ones are missed where the model is on this disk), the
+    transcoders differ in model, hooks or size, they are of type topk, which these files cannot hold, or the folder
+    holds anything else; OSError when the disk has no room.
     """
     folder, by_layer = Path(folder), {sae.cfg.layers[0]: sae for sae in transcoders}
     layers = sorted(by_layer)
@@ -42,6 +45,9 @@ def save_transcoder_set(transcoders: Sequence[BaseAutoencoder], folder: str | Pa
         for field in ("model_name", "site", "target_site", "dict_size", "skip"):
             same = getattr(cfg, field) == getattr(first, field)
             require(same, f"{field} = {getattr(cfg, field)!r} and {getattr(first, field)!r}; give one for all layers")
+    if is_on_disk(first.model_name):
+        blocks = AutoConfig.from_pretrained(model_source(first.model_name)).get_text_config().num_hidden_layers
+        require(len(layers) == blocks, f"layers {layers}: {first.model_name} has {blocks} blocks; give one for each")
     held = [path.name for path in folder.iterdir()] if folder.exists() else []
     others = [name for name in held if name != CONFIG and not name.startswith("layer_")]
     require(not others, f"{folder}: not replaced, as it holds {''.join(others[:1])}; give a new folder")

@@ -2,17 +2,21 @@
 
     written by           files                               opened as
     this library         cfg.json, sae_weights.safetensors   what it was; SAELens opens it too
-    SAELens              cfg.json, sae_weights.safetensors   vanilla (standard), topk, jumprelu; batchtopk in training;
-                                                             (skip) transcoders of the first and of jumprelu
-    Gemma Scope          params.npz                          jumprelu
-    dictionary_learning  config.json, ae.pt                  vanilla, topk, batchtopk (matryoshka too), jumprelu
+    SAELens              cfg.json, sae_weights.safetensors   what it was trained as, gated as jumprelu; transcoders
+    Gemma Scope          params.npz                          jumprelu; transcoders
+    Gemma Scope 2        config.json, params.safetensors     jumprelu; transcoders
+    Llama Scope          hyperparams.json, checkpoints       jumprelu; transcoders
+    Qwen-Scope           layer<n>.sae.pt                     topk
+    dictionary_learning  config.json, ae.pt                  vanilla, topk, batchtopk (matryoshka too), jumprelu, gated
     sparsify             cfg.json, sae.safetensors           topk
 
 Where a convention differs it is folded into the weights, so that encode, decode and forward stay those of the writer:
 
     inputs are multiplied by s, outputs divided            W_enc s,  W_dec / s,  b_dec / s
+    inputs are whitened to (x - m) M, outputs back         M W_enc,  W_dec M^-1,  b_dec M^-1 + m
     latents in units of n_j, the norm of decoder row j     W_enc_j n_j,  b_enc_j n_j,  W_dec_j / n_j
     b_dec is not subtracted from the input                 b_enc + b_dec W_enc
+    u_j exp(r_j) + b_j where a gate u_j + g_j is above 0   W_enc_j exp(r_j), a threshold of b_j - g_j exp(r_j)
     a threshold below 0, with a ReLU                       0
 
 What cannot be folded is refused by name.
@@ -22,6 +26,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +37,40 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformer_lens.supported_models import MODEL_ALIASES
 
-from checkpoint import CFG, COUNTERS, WEIGHTS, load_checkpoint, read_json
-from config import SITES, TYPES, Config, unused_by
+from checkpoint import CFG, COUNTERS, UNIT_ROUNDING, WEIGHTS, load_checkpoint, read_json
+from config import OUTSIDE, SITES, TYPES, Config, unused_by
 from runtime.checks import explained, require
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 
 NPZ, AE, AE_CONFIG, SPARSIFY, SCALER = "params.npz", "ae.pt", "config.json", "sae.safetensors", "activation_scaler.json"
-FILES = (CFG, WEIGHTS, COUNTERS, NPZ, AE, AE_CONFIG, SPARSIFY, SCALER)
-SAE_LENS_TYPES = {"standard": "vanilla", "topk": "topk", "jumprelu": "jumprelu", "batchtopk": "batchtopk"}
-SCALED = "expected_average_only_in"  # SAELens' name of inputs multiplied by one number
+PARAMS, HYPER, FINAL = "params.safetensors", "hyperparams.json", "checkpoints/final.safetensors"
+LM, WHITENING = "lm_config.json", "activation_whitening.safetensors"
+FILES = (CFG, WEIGHTS, COUNTERS, NPZ, AE, AE_CONFIG, SPARSIFY, SCALER, PARAMS, HYPER, FINAL, LM, WHITENING)
+SAE_LENS_TYPES = {
+    "standard": "vanilla", "topk": "topk", "jumprelu": "jumprelu", "batchtopk": "batchtopk", "gated": "gated",
+    "matryoshka_batchtopk": "matryoshka",
+}  # fmt: skip
+# SAELens' names of inputs multiplied by one number, and whitened
+SCALED, WHITENED = "expected_average_only_in", "covariance_whitening"
 DICT_CLASSES = {  # of dictionary_learning
     "AutoEncoder": "vanilla", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk",
-    "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu",
+    "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu", "GatedAutoEncoder": "gated",
 }  # fmt: skip
-LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}  # names of an encoder that is one of torch's layers
-GEMMA_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "z"}
-SPARSIFY_SITES = {  # module within a block -> site
-    "": "resid_post", ".mlp": "mlp_out", ".attn": "attn_out", ".self_attn": "attn_out", ".attention": "attn_out",
+NAMES = {  # of a tensor, by the files' names; a gated encoder's b_enc is that of its magnitudes
+    "encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "decoder.bias": "b_dec",
+    "w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip", "bias": "b_dec", "decoder_bias": "b_dec",
+    "topk_threshold": "threshold", "b_mag": "b_enc", "mag_bias": "b_enc", "gate_bias": "b_gate",
 }  # fmt: skip
+GEMMA_HOOKS = {  # read, and written where it is another
+    "res": ["hook_resid_post"], "mlp": ["hook_mlp_out"], "att": ["attn.hook_z"],
+    "transcoders": ["ln2.hook_normalized", "hook_mlp_out"],  # without the gain (arXiv:2408.05147, page 18)
+}  # fmt: skip
+MODULES = {  # what leaves or enters a module of a block of Hugging Face -> site
+    ".output": "resid_post", ".mlp.output": "mlp_out", ".attn.output": "attn_out", ".self_attn.output": "attn_out",
+    ".attention.output": "attn_out", ".self_attn.o_proj.input": "z", ".pre_feedforward_layernorm.output": "mlp_in",
+    ".post_feedforward_layernorm.output": "mlp_out",
+}  # fmt: skip
+Tensors = dict[str, Tensor]
 ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.+-]+(/[\w.+-]+)*))?")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 UNKNOWN = {"input_scale": torch.tensor(-1.0), "target_scale": torch.tensor(-1.0)}  # training measures them
@@ -65,16 +86,16 @@ def load_pretrained(
 ) -> BaseAutoencoder:
     """Load the SAE in a folder, or on the Hub, as one of our classes, in evaluation mode on `device`, in float32.
 
-    source: a folder in one of the formats above, "user/repo", or "user/repo:folder/in/it".
+    source: a folder in one of the formats above, "user/repo", or "user/repo:folder/in/it"; of Qwen-Scope, the file.
     model_name, hook_name (such as "blocks.8.hook_resid_pre"): where the files do not say, or say it wrongly.
-    Our own checkpoints come back as from `load_checkpoint`. For the others, Config has what their files say: the model,
-    the hook, the sizes, k; what concerns training is our defaults, but that an l1_coeff of 0 stands for a penalty that
-    they do not tell. Raises ValueError, one line, when there is no SAE, it cannot be represented here, or its files are
-    damaged. No code in them is run.
+    Our own checkpoints come back as from `load_checkpoint`, but those without counters, or that SAELens saved again, as
+    SAELens'. For the others, Config has what their files say: the model, the hooks, the sizes, k; what concerns
+    training is our defaults, but that an l1_coeff of 0 stands for a penalty that they do not tell. Raises ValueError,
+    one line, when there is no SAE, it cannot be represented here, or its files are damaged. No code in them is run.
     """
-    folder = Path(source) if Path(source).is_dir() else _download(str(source))
-    held = {path.name for path in folder.glob("*")}
-    if {CFG, WEIGHTS} <= held and "nn_decompositions" in read_json(folder / CFG):
+    folder = Path(source) if Path(source).exists() else _download(str(source))
+    held = [folder.name] if folder.is_file() else [path.name for path in folder.glob("*")]
+    if {CFG, WEIGHTS, COUNTERS} <= set(held) and "nn_decompositions" in read_json(folder / CFG):
         sae = load_checkpoint(folder, device)
         several = f"hook_name = {hook_name!r}: {source} is a crosscoder, of several hooks; leave it out"
         require(not hook_name or len(sae.cfg.layers) == 1, several)
@@ -83,30 +104,31 @@ def load_pretrained(
         return sae
 
     formats = {
-        (CFG, WEIGHTS): _from_sae_lens, (NPZ,): _from_gemma_scope,
+        (CFG, WEIGHTS): _from_sae_lens, (NPZ,): _from_gemma_scope, (AE_CONFIG, PARAMS): _from_gemma_scope_2,
+        (HYPER, "checkpoints"): _from_llama_scope, ("layer*.sae.pt",): _from_qwen_scope,
         (AE_CONFIG, AE): _from_dictionary_learning, (CFG, SPARSIFY): _from_sparsify,
     }  # fmt: skip
-    readers = [read for files, read in formats.items() if held.issuperset(files)]
+    readers = [read for files, read in formats.items() if all(matching(held, file) for file in files)]
     wanted = ", or ".join(" with ".join(files) for files in formats)
     require(readers, f"{source}: holds no SAE ({wanted}); give the folder that does, of the Hub as user/repo:folder")
     fields, tensors = readers[0](folder)
+    sae_type = {"gated": "jumprelu"}.get(fields["sae_type"], fields["sae_type"])
     for field, given in (("model_name", model_name), ("hook_name", hook_name)):
         fields[field] = given or fields.get(field)
         unsaid = f"{source}: does not say its {field}; give load_pretrained(..., {field}=...)"
         require(isinstance(fields[field], str), unsaid)
     fields |= _layer_and_site(fields.pop("hook_name"))
     if "target" in fields:
-        written = _layer_and_site(target := fields.pop("target"))
+        target = fields.pop("target")
+        unsaid = f"{source}: does not say hook_name_out, the hook that it reconstructs; add it to its configuration"
+        require(isinstance(target, str), unsaid)
+        written = _layer_and_site(target)
         elsewhere = f"{source}: reads layer {fields['layer']} and writes {target}; one layer alone is opened here"
         require(written["layer"] == fields["layer"], elsewhere)
-        fields["target_site"] = written["site"]
-    unused = unused_by(fields["sae_type"]) | (
-        {"target_l0"} if "l1_coeff" in TYPES[fields["sae_type"]].fields else set()
-    )
-    fields = {field: value for field, value in fields.items() if field not in unused}
+        fields |= {"target_site": written["site"], "target_size": tensors["W_dec"].shape[1]}
+    unused = unused_by(sae_type) | ({"target_l0"} if "l1_coeff" in TYPES[sae_type].fields else set())
+    fields = {field: value for field, value in fields.items() if field not in unused} | {"sae_type": sae_type}
     fields["act_size"], fields["dict_size"] = tensors["W_enc"].shape
-    if "target_site" in fields:
-        fields["target_size"] = tensors["W_dec"].shape[1]
     with explained(f"{source}: cannot be opened here", ValueError):
         cfg = Config(**{"l1_coeff": 0.0} | fields, device=str(device))
     sae = build_sae(cfg)
@@ -149,7 +171,7 @@ def new_sae(cfg: Config) -> BaseAutoencoder:
 # ---- formats: each gives fields of Config, with hook_name in place of layer and site, and tensors by our names ----
 
 
-def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """Read what `SAE.save_model` of SAELens wrote. Before its version 6, cfg.json was flat, with other names."""
     file, weights = folder / CFG, folder / WEIGHTS
     cfg = read_json(file)
@@ -168,7 +190,7 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     _check(file, "hook_head_index", head, (None,))
     norm = cfg.get("normalize_activations") or "none"
     norm = SCALED if norm is True else norm
-    _check(file, "normalize_activations", norm, ("none", "layer_norm", SCALED))
+    _check(file, "normalize_activations", norm, ("none", "layer_norm", SCALED, WHITENED))
     in_norms, subtracted = cfg.get("rescale_acts_by_decoder_norm", False), cfg.get("apply_b_dec_to_input", True)
     _check(file, "rescale_acts_by_decoder_norm", in_norms, (True, False) if "topk" in architecture else (False,))
     _check(file, "apply_b_dec_to_input", subtracted, (True, False))
@@ -180,15 +202,24 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     unscaled = (found.pop("scaling_factor", torch.ones(())) == 1).all()
     require(unscaled, f"{weights}: scaling_factor is not 1; latents scaled by finetuning are not opened")
     sae_type, sizes = SAE_LENS_TYPES[architecture], (cfg.get("d_in"), cfg.get("d_sae"))
+    details, trained = metadata.get("training_architecture_details"), str(metadata.get("training_architecture"))
+    details, trained = details if isinstance(details, dict) else {}, SAE_LENS_TYPES.get(trained, trained)
+    threshold = found.get("threshold", torch.empty(0)).flatten()
+    of_batches = sae_type == "jumprelu" and trained in ("batchtopk", "matryoshka") and "k" in details
+    if of_batches and (threshold == threshold[:1]).all():  # else norms were folded, and it is a JumpReLU's
+        sae_type, k, found["threshold"] = trained, details["k"], threshold[:1].squeeze()
     d_out = cfg.get("d_out") if is_transcoder else None
-    tensors = _checked(weights, found, sae_type, sizes, {"topk_threshold": "threshold"}, d_out, skip)
-    scale = 1.0
+    tensors = _checked(weights, found, sae_type, sizes, d_out, skip)
+    scale, whitening = 1.0, {}
     if norm == SCALED:  # by the factor of its training (Conerly et al. 2024), which is saved beside its checkpoints
         scale = read_json(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
         problem = f"{file}: normalize_activations = {SCALED!r}, and {SCALER} holds no scaling_factor"
         require(isinstance(scale, float) and 0 < scale < float("inf"), f"{problem}; write that of its training there")
+    if norm == WHITENED:  # likewise
+        shapes = {"mean": sizes[:1], "matrix": sizes[:1] * 2, "inverse_matrix": sizes[:1] * 2}
+        whitening = _fitting(folder / WHITENING, _read_tensors(folder / WHITENING), shapes, "a whitening")
     # TransformerLens, and so SAELens, has names of its own, such as "gpt2-small".
-    model = metadata.get("model_name")
+    model, widths = metadata.get("model_name"), (cfg | details).get("matryoshka_widths")
     fields = {
         "sae_type": sae_type,
         "model_name": next((name for name, aliases in MODEL_ALIASES.items() if model in aliases), model),
@@ -196,34 +227,83 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "input_unit_norm": norm == "layer_norm",
         "seq_len": metadata.get("context_size") or Config.seq_len,
         "dataset_path": metadata.get("dataset_path") or Config.dataset_path,
-        "target_l0": k,
+        "target_l0": round(k) if isinstance(k, float) and abs(k) < 2**63 and sae_type != "topk" else k,
     }
+    if isinstance(widths, list) and all(type(width) is int for width in widths):
+        fields["prefixes"] = [width / sizes[1] for width in widths]
     if is_transcoder:
         _check(file, "apply_b_dec_to_input", subtracted, (False,))
         _check(file, "normalize_activations", norm, ("none",))
-        target = metadata.get("hook_name_out")
-        unsaid = f"{file}: does not say hook_name_out, the hook that it reconstructs; add it to its metadata"
-        require(isinstance(target, str), unsaid)
-        return fields | {"target": target, "skip": skip}, tensors
-    return fields, _folded(tensors, scale, in_norms, subtracted)
+        return fields | {"target": metadata.get("hook_name_out"), "skip": skip}, tensors
+    return fields, _folded(tensors, scale, in_norms, subtracted, whitening)
 
 
-def _from_gemma_scope(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read an SAE of Gemma Scope (arXiv:2408.05147). The names of its repository and folders say model and hook."""
-    file, path = folder / NPZ, f"{folder.absolute()}/"
-    require(not re.search(r"/[^/ ]*transcoders?/", path), f"{file}: a transcoder; SAEs alone are opened here")
-    found = _read_tensors(file)
-    W_enc = found.get("W_enc", torch.empty(0))
-    tensors = _checked(file, found, "jumprelu", W_enc.shape if W_enc.ndim == 2 else (0, 0))
-    fields: dict[str, Any] = {"sae_type": "jumprelu"}
-    if place := re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)\b.*/layer_(\d+)/", path):
-        size, tuned, site, layer = place.groups()
+def _from_gemma_scope(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """Read what Gemma Scope holds (arXiv:2408.05147). The names of its repository and folders say model and hooks."""
+    file, path, fields = folder / NPZ, f"{folder.absolute()}/", {"sae_type": "jumprelu"}
+    place = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)\b.*/layer_(\d+)/", path)
+    known = place or not re.search(r"/[^/ ]*transcoders?/", path)
+    require(known, f"{file}: a transcoder; name its folders as they are in google/gemma-scope-2b-pt-transcoders")
+    if place:
+        size, tuned, kind, layer = place.groups()
         fields["model_name"] = f"google/gemma-2-{size}{'-it' * (tuned == 'it')}"
-        fields["hook_name"] = f"blocks.{layer}.{SITES[GEMMA_SITES[site]]}"
-    return fields, _folded(tensors, subtracted=False)
+        fields |= zip(("hook_name", "target"), (f"blocks.{layer}.{hook}" for hook in GEMMA_HOOKS[kind]))
+    return fields, _folded(_checked(file, _read_tensors(file), "jumprelu"), subtracted="target" in fields)
 
 
-def _from_dictionary_learning(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _from_gemma_scope_2(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """Read what Gemma Scope 2 holds, of models of Gemma 3."""
+    file, found = folder / AE_CONFIG, _read_tensors(folder / PARAMS)
+    cfg, skip = read_json(file), "affine_skip_connection" in found
+    _check(file, "architecture", cfg.get("architecture"), ("jump_relu",))
+    _check(file, "type", cfg.get("type", "sae"), ("sae", "transcoder"))
+    read, written = cfg.get("hf_hook_point_in"), cfg.get("hf_hook_point_out")
+    model = str(cfg.get("model_name", "")).removeprefix("google/").replace("-v3-", "-3-").replace("270m-pt", "270m")
+    fields = {"sae_type": "jumprelu", "model_name": model and f"google/{model}", "skip": skip}
+    fields["hook_name"] = _hook_of(read)
+    fields |= {} if written in (None, read) else {"target": _hook_of(written)}
+    return fields, _folded(_checked(folder / PARAMS, found, "jumprelu", skip=skip), subtracted="target" in fields)
+
+
+def _from_llama_scope(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """Read what Llama Scope holds (arXiv:2410.20526), as the library of its authors did in 2024, lm-saes.
+
+    It multiplies inputs by s and divides outputs by t, but latents are divided by s before they are compared.
+    """
+    file, weights, lm = folder / HYPER, folder / FINAL, folder / LM
+    cfg = read_json(file)
+    needed = {"act_fn": "jumprelu", "norm_activation": "dataset-wise"}
+    needed |= {"sparsity_include_decoder_norm": True, "apply_decoder_bias_to_pre_encoder": False}
+    for field, value in needed.items():
+        _check(file, field, cfg.get(field), (value,))
+    norms, D = cfg.get("dataset_average_activation_norm"), cfg.get("d_model")
+    norms = norms if isinstance(norms, dict) else {}
+    said = {"jump_relu_threshold": cfg.get("jump_relu_threshold"), "in": norms.get("in"), "out": norms.get("out")}
+    for field, value in said.items():
+        above = isinstance(value, int | float) and 0 < value < 1e30
+        require(above, f"{file}: {field} = {value!r:.80}: should be a number above 0; get the file again")
+    tensors = _checked(weights, _read_tensors(weights), "vanilla", (D, cfg.get("d_sae")))
+    factors = {"b_enc": said["in"] / D**0.5, "b_dec": said["out"] / D**0.5, "W_dec": said["out"] / said["in"]}
+    tensors |= {name: tensors[name] * factor for name, factor in factors.items()}
+    tensors["threshold"] = torch.full_like(tensors["b_enc"], said["jump_relu_threshold"])
+    read, written = cfg.get("hook_point_in"), cfg.get("hook_point_out")
+    fields = {"sae_type": "jumprelu", "hook_name": read} | ({} if written == read else {"target": written})
+    fields["model_name"] = read_json(lm).get("model_name") if lm.is_file() else None
+    return fields, _folded(tensors, 1.0, True, "target" in fields)
+
+
+def _from_qwen_scope(file: Path) -> tuple[dict[str, Any], Tensors]:
+    """Read a layer of Qwen-Scope. The names of its repository and file say model, k and layer."""
+    require(file.is_file(), f"{file}: holds a file for each layer; give one, as in user/repo:layer5.sae.pt")
+    place = re.search(r"SAE-Res-([^/]+)-W\d+K-L0_(\d+)\b.*/layer(\d+)\.sae\.pt$", f"{file.absolute()}")
+    require(place, f"{file}: does not say model, k and layer; put it in a folder with its repository's name")
+    found = {name: tensor.t() if tensor.ndim == 2 else tensor for name, tensor in _read_tensors(file).items()}
+    fields = {"model_name": f"Qwen/{place[1]}", "target_l0": int(place[2])}
+    fields |= {"sae_type": "topk", "hook_name": f"blocks.{place[3]}.hook_resid_post"}
+    return fields, _folded(_checked(file, found, "topk"), subtracted=False)
+
+
+def _from_dictionary_learning(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """Read what dictionary_learning saved, as its `load_dictionary` does, which gives an AutoEncoder unit rows."""
     file, weights = folder / AE_CONFIG, folder / AE
     trainer = read_json(file).get("trainer")
@@ -233,7 +313,7 @@ def _from_dictionary_learning(folder: Path) -> tuple[dict[str, Any], dict[str, T
     sae_type = DICT_CLASSES[dict_class]
     unused = ("k", "group_sizes", "threshold") if sae_type == "topk" else ("k", "group_sizes")
     found = {name: tensor for name, tensor in _read_tensors(weights).items() if name not in unused}
-    tensors = _checked(weights, found, sae_type, sizes, LINEAR | {"decoder.weight": "W_dec", "bias": "b_dec"})
+    tensors = _checked(weights, found, sae_type, sizes)
     fields = {"sae_type": sae_type, "model_name": trainer.get("lm_name"), "target_l0": trainer.get("k")}
     site, _, _ = str(trainer.get("submodule_name") or "resid_post").partition("_layer_")
     if site in SITES:
@@ -242,7 +322,7 @@ def _from_dictionary_learning(folder: Path) -> tuple[dict[str, Any], dict[str, T
     return fields, _folded(tensors, 1.0, in_norms, subtracted)
 
 
-def _from_sparsify(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _from_sparsify(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """Read what `SparseCoder.save_to_disk` of sparsify wrote.
 
     The folder's name is the module, as in "layers.5.mlp"; config.json beside the folder names the model.
@@ -255,39 +335,49 @@ def _from_sparsify(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     D, F, factor = cfg.get("d_in"), cfg.get("num_latents"), cfg.get("expansion_factor")
     if not F and isinstance(D, int) and isinstance(factor, int):
         F = D * factor
-    tensors = _checked(weights, _read_tensors(weights), "topk", (D, F), LINEAR)
-    fields = {"sae_type": "topk", "target_l0": cfg.get("k")}
+    tensors = _checked(weights, _read_tensors(weights), "topk", (D, F))
+    fields = {"sae_type": "topk", "target_l0": cfg.get("k"), "hook_name": _hook_of(f"{folder.name}.output")}
     if run.is_file():
         fields["model_name"] = read_json(run).get("model")
-    module = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.\w+)?", folder.name)
-    if module and (site := SPARSIFY_SITES.get(module[2] or "")):
-        fields["hook_name"] = f"blocks.{module[1]}.{SITES[site]}"
     return fields, tensors
 
 
 def _folded(
-    tensors: dict[str, Tensor], scale: float = 1.0, in_norms: bool = False, subtracted: bool = True
-) -> dict[str, Tensor]:
+    tensors: Tensors, scale: float = 1.0, in_norms: bool = False, subtracted: bool = True, whitening: Mapping = {}
+) -> Tensors:
     """Fold the conventions of another library into the weights, as the table at the top of this file says.
 
     scale: by which it multiplies inputs. in_norms: whether its latents are in units of the decoder's norms, as its
-    thresholds then already are. subtracted: whether it takes b_dec from the input.
+    thresholds then already are. subtracted: whether it takes b_dec from the input, or is a transcoder.
     """
     folded = tensors | {"W_enc": tensors["W_enc"] * scale}
     in_outputs = ("W_dec", "b_dec", "threshold") if in_norms and "threshold" in tensors else ("W_dec", "b_dec")
     folded |= {name: tensors[name] / scale for name in in_outputs}
     if in_norms:
         norms = folded["W_dec"].norm(dim=1).clamp_min(1e-8)
+        norms = torch.where((norms - 1).abs() < UNIT_ROUNDING, 1, norms)
         folded |= {name: folded[name] * norms for name in ("W_enc", "b_enc")}
         folded["W_dec"] = folded["W_dec"] / norms.unsqueeze(1)
     if not subtracted:
         b_dec = folded["b_dec"].double()
         shift = torch.cat([b_dec @ block.double() for block in folded["W_enc"].split(CHUNK, dim=1)])
         folded["b_enc"] = (folded["b_enc"].double() + shift).float()
+    if whitening:
+        matrix, inverse = whitening["matrix"], whitening["inverse_matrix"]
+        folded |= {"W_enc": matrix @ folded["W_enc"], "W_dec": folded["W_dec"] @ inverse}
+        folded["b_dec"] = folded["b_dec"] @ inverse + whitening["mean"]
     return folded
 
 
+def _hook_of(module: object) -> str | None:
+    """Name a place such as "model.layers.5.mlp.output" as TransformerLens does; None where it is no site."""
+    place = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.[\w.]+)", str(module))
+    return f"blocks.{place[1]}.{SITES[MODULES[place[2]]]}" if place and place[2] in MODULES else None
+
+
 def _layer_and_site(hook_name: str) -> dict[str, Any]:
+    if hook_name.startswith(OUTSIDE):
+        return {"layer": 0, "site": hook_name}
     match = re.fullmatch(r"blocks\.([0-9]{1,4})\.(.+)", hook_name)
     require(match, f"hook_name = {hook_name!r}: no hook of a block; give one such as blocks.8.hook_resid_pre")
     return {"layer": int(match[1]), "site": match[2]}
@@ -297,9 +387,9 @@ def _layer_and_site(hook_name: str) -> dict[str, Any]:
 
 
 def _download(source: str) -> Path:
-    """Fetch FILES of "user/repo" or "user/repo:folder" from the Hub, with what names their model, into its cache."""
+    """Fetch FILES of "user/repo:folder" from the Hub, or the file of that name, and what names its model."""
     repo, folder = repo_and_folder(source)
-    wanted = [AE_CONFIG, *(f"{folder}/{name}".lstrip("/") for name in FILES)]
+    wanted = [AE_CONFIG, *filter(None, [folder]), *(f"{folder}/{name}".lstrip("/") for name in FILES)]
     with explained(f"{source}: no such folder, and not loaded from the Hub", Exception):
         return Path(snapshot_download(repo, allow_patterns=wanted)) / folder
 
@@ -317,7 +407,7 @@ def _check(file: Path, field: str, value: object, allowed: Iterable[object]) -> 
     require(known, f"{file}: {field} = {value!r:.80}: not opened here; can be {', '.join(map(repr, allowed))}")
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_tensors(file: Path) -> Tensors:
     """Read a .safetensors, .npz or .pt, running no code in it."""
     with explained(f"{file}: not readable as tensors alone", Exception):
         if file.suffix == ".safetensors":
@@ -333,38 +423,44 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _checked(
-    file: Path,
-    found: dict[str, Tensor],
-    sae_type: str,
-    sizes: Sequence[object],
-    names: Mapping[str, str] = {},
-    d_out: object = None,
-    skip: bool = False,
-) -> dict[str, Tensor]:
-    """Return the tensors in float32, once they are those of the type, as large as is said, and finite.
+    file: Path, found: Tensors, sae_type: str, sizes: Sequence[object] = (), d_out: object = None, skip: bool = False
+) -> Tensors:
+    """Return the tensors by our names, once they are those of the type, as large as is said, and finite.
 
-    sizes: act_size and dict_size, as the files say. d_out, skip: of a transcoder. names: ours, by the file's. torch's
-    layers have rows in "...weight" where we have columns. Thresholds below 0, which all formats have behind a ReLU,
-    become 0.
+    sizes: act_size and dict_size, where the files say them. d_out, skip: of a transcoder. torch's layers, and SAELens'
+    W_skip, have rows where we have columns. A gated encoder becomes a JumpReLU's. Thresholds below 0, which all formats
+    have behind a ReLU, become 0.
     """
-    D, F = sizes
+    turned = {name for name, t in found.items() if t.ndim == 2 and (name == "W_skip" or name.endswith(".weight"))}
+    tensors = {NAMES.get(name, name): t.t() if name in turned else t for name, t in found.items()}
+    W_enc = tensors.get("W_enc", torch.empty(0))
+    D, F = sizes or (W_enc.shape if W_enc.ndim == 2 else (0, 0))
     out = D if d_out is None else d_out
     shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, out), "b_dec": (out,)}
-    shapes |= {"W_skip": (out, D)} if skip else {}
-    shapes |= {"jumprelu": {"threshold": (F,)}, "batchtopk": {"threshold": ()}}.get(sae_type, {})
-    turned = {name: t.t() if name.endswith(".weight") and t.ndim == 2 else t for name, t in found.items()}
-    tensors = {names.get(name, name): tensor for name, tensor in turned.items()}
-    theirs = tensors.keys() == shapes.keys()
-    require(theirs, f"{file}: holds {sorted(tensors)[:9]}; a {sae_type} SAE has {sorted(shapes)}")
+    shapes |= {"W_skip": (D, out)} if skip else {}
+    shapes |= {
+        "jumprelu": {"threshold": (F,)}, "batchtopk": {"threshold": ()}, "matryoshka": {"threshold": ()},
+        "gated": {"r_mag": (F,), "b_gate": (F,)},
+    }.get(sae_type, {})  # fmt: skip
+    tensors = _fitting(file, tensors, shapes, f"a {sae_type} SAE")
+    if sae_type == "gated":
+        gain, gate = tensors.pop("r_mag").exp(), tensors.pop("b_gate")
+        changed = {"W_enc": tensors["W_enc"] * gain, "threshold": tensors["b_enc"] - gain * gate}
+        return _checked(file, tensors | changed, "jumprelu", sizes)
+    if "threshold" in tensors:
+        tensors["threshold"].clamp_min_(0)
+    return tensors
+
+
+def _fitting(file: Path, found: Tensors, shapes: Mapping[str, tuple], what: str) -> Tensors:
+    """Return the tensors in float32, once they have these names and shapes, and are finite."""
+    require(found.keys() == shapes.keys(), f"{file}: holds {sorted(found)[:9]}; {what} has {sorted(shapes)}")
+    tensors = {}
     for name, shape in shapes.items():
-        tensor, should = tensors[name], f"{list(shape)} of floating-point numbers"
+        tensor, should = found[name], f"{list(shape)} of floating-point numbers"
         fits = tensor.dtype in FLOATS and tensor.shape == shape
         require(fits, f"{file}: {name} is {list(tensor.shape)} of {tensor.dtype}, should be {should}")
         tensors[name] = tensor.float()
         finite = tensor.numel() and torch.stack(tensors[name].aminmax()).isfinite().all()
         require(finite, f"{file}: {name} is empty or has numbers that are not finite; get the file again")
-    if "threshold" in tensors:
-        tensors["threshold"].clamp_min_(0)
-    if skip:
-        tensors["W_skip"] = tensors["W_skip"].t()
     return tensors

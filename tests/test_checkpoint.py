@@ -132,7 +132,7 @@ def test_files_are_strictly_the_ecosystems(
     assert int(metadata["sae_lens_version"].split(".")[0]) >= 6
     assert metadata.items() >= {
         "model_name": "gpt2", "hook_name": sae.cfg.hook_name, "context_size": 16, "prepend_bos": True,
-        "seqpos_slice": [None], "training_architecture": sae_type,
+        "seqpos_slice": [None], "training_architecture": sae_type, "exclude_special_tokens": True,
     }.items()  # fmt: skip
     expected = {
         "architecture": architecture, "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu",
@@ -140,7 +140,7 @@ def test_files_are_strictly_the_ecosystems(
         "reshape_activations": reshape,
     }  # fmt: skip
     if architecture == "topk":
-        expected["k"] = 3
+        expected |= {"k": 3, "rescale_acts_by_decoder_norm": True}
     assert cfg == expected
 
 

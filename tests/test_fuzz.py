@@ -164,7 +164,7 @@ def test_a_checkpoint_whose_cfg_says_something_else(
             load_checkpoint(damaged)
         return
     if seal and path == ["nn_decompositions"]:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RuntimeError):  # or it has another size
             sae = build_sae(replace(sae.cfg, **{name: value}))
             sae.load_state_dict(saved[folder].state_dict())
     assert_refused_or_same(damaged, sae)

@@ -314,7 +314,7 @@ def test_a_hook_outside_the_blocks_is_a_site(
     assert (cfg.layer, cfg.reads, cfg.writes) == (0, (hook,), (hook,))
     assert check_hooks(model, cfg) == replace(cfg, act_size=16)
     assert Config(layer=1, site="mlp_in", target_site=site).writes == (hook,)
-    with pytest.raises(ValueError, match="^site = 'hook_embed.x': .* has no such hook; give one of resid_pre, "):
+    with pytest.raises(ValueError, match=r"^site = 'hook_embed\.x': .* has no such hook; give one of resid_pre, "):
         check_hooks(model, replace(cfg, site="hook_embed.x"))
 
 

@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from analysis.splice import splice
 from checkpoint import load_checkpoint, save_checkpoint
 from config import TYPES, Config
+from evaluation import HeldOut, evaluate
 from interop.pretrained import load_pretrained, new_sae
+from language_model import check_hooks, load_model
 from sae import BaseAutoencoder, build_sae
 from training import Trainer
 
@@ -30,6 +33,13 @@ SAE_LENS = {"architecture": "jumprelu", "d_in": D, "d_sae": F, "dtype": "float32
 SAE_LENS |= {"apply_b_dec_to_input": False, "normalize_activations": "none"}
 TRAINER = {"dict_class": "AutoEncoderTopK", "activation_dim": D, "dict_size": F, "k": K, "layer": 2, "lm_name": "gpt2"}
 JUMPRELU = {"dict_class": "JumpReluAutoEncoder"}
+LLAMA = {
+    "act_fn": "jumprelu", "jump_relu_threshold": 0.4, "d_model": D, "d_sae": F, "norm_activation": "dataset-wise",
+    "dataset_average_activation_norm": {"in": 5.0, "out": 5.0}, "sparsity_include_decoder_norm": True,
+    "apply_decoder_bias_to_pre_encoder": False, "hook_point_in": "blocks.4.hook_mlp_out",
+    "hook_point_out": "blocks.4.hook_mlp_out",
+}  # fmt: skip
+GEMMA_3 = {"architecture": "jump_relu", "model_name": "gemma-v3-270m-pt", "hf_hook_point_in": "model.layers.9.output"}
 SPARSIFY = {"activation": "topk", "expansion_factor": 32, "num_latents": F, "k": K, "d_in": D, "transcode": False}
 
 
@@ -69,7 +79,28 @@ def write_sparsify(folder: Path, params: Tensors, **changes: object) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "sae.safetensors")
 
 
-WRITERS = [write_sae_lens, write_npz, write_ae, write_sparsify]
+def write_gemma_3(folder: Path, params: Tensors, **changes: object) -> None:
+    (folder / "config.json").write_text(json.dumps(GEMMA_3 | changes))
+    small = {"W_enc": "w_enc", "W_dec": "w_dec"}
+    save_file({small.get(name, name): tensor for name, tensor in params.items()}, folder / "params.safetensors")
+
+
+def write_llama(folder: Path, params: Tensors, **changes: object) -> None:
+    (folder / "hyperparams.json").write_text(json.dumps(LLAMA | changes))
+    (folder / "lm_config.json").write_text('{"model_name": "meta-llama/Llama-3.1-8B"}')
+    (folder / "checkpoints").mkdir()
+    tensors = {"encoder.weight": params["W_enc"].t(), "decoder.weight": params["W_dec"].t()}
+    tensors |= {"encoder.bias": params["b_enc"], "decoder.bias": params["b_dec"]}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "checkpoints/final.safetensors")
+
+
+def write_qwen(folder: Path, params: Tensors) -> Path:
+    weights = {"W_enc": params["W_enc"].t(), "W_dec": params["W_dec"].t()}
+    torch.save(weights | {name: params[name] for name in ("b_enc", "b_dec")}, folder / "layer7.sae.pt")
+    return folder / "layer7.sae.pt"
+
+
+WRITERS = [write_sae_lens, write_npz, write_ae, write_sparsify, write_gemma_3, write_llama]
 
 
 def jumps(x: Tensor, p: Tensors) -> Tensor:
@@ -81,6 +112,16 @@ def jumps(x: Tensor, p: Tensors) -> Tensor:
 def largest(x: Tensor, p: Tensors) -> Tensor:
     pre = ((x - p["b_dec"]).double() @ p["W_enc"].double() + p["b_enc"].double()).relu()
     return pre * (pre >= pre.sort(dim=-1, descending=True).values[..., K - 1 : K])
+
+
+def largest_as_it_is(x: Tensor, p: Tensors) -> Tensor:
+    return largest(x + p["b_dec"], p)
+
+
+def gated(x: Tensor, p: Tensors) -> Tensor:
+    """Compute what Rajamanoharan et al. 2024 (arXiv:2404.16014) do."""
+    through = (x - p["b_dec"]).double() @ p["W_enc"].double()
+    return (through * p["r_mag"].double().exp() + p["b_mag"]).relu() * (through + p["b_gate"] > 0)
 
 
 def assert_computes(sae: torch.nn.Module, rule: Callable[[Tensor, Tensors], Tensor], params: Tensors) -> None:
@@ -104,6 +145,8 @@ def assert_computes(sae: torch.nn.Module, rule: Callable[[Tensor, Tensors], Tens
 
 
 GEMMA = "beside transcoders/gemma-scope"
+OF_HEADS = {"hf_hook_point_in": "model.layers.9.self_attn.o_proj.input", "model_name": "google/gemma-3-4b-it"}
+QWEN = f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +159,9 @@ GEMMA = "beside transcoders/gemma-scope"
         (write_ae, {}, "sae", "gpt2", "blocks.2.hook_resid_post", largest),
         (write_ae, {"submodule_name": "mlp_out_layer_2"} | JUMPRELU, "sae", "gpt2", "blocks.2.hook_mlp_out", jumps),
         (write_sparsify, {}, "gpt_neox.layers.7.attention", "someone/model", "blocks.7.hook_attn_out", largest),
+        (write_gemma_3, {}, "sae", "google/gemma-3-270m", "blocks.9.hook_resid_post", jumps),
+        (write_gemma_3, OF_HEADS, "sae", "google/gemma-3-4b-it", "blocks.9.attn.hook_z", jumps),
+        (write_qwen, {}, QWEN, "Qwen/Qwen3-1.7B-Base", "blocks.7.hook_resid_post", largest_as_it_is),
     ],
 )
 def test_opened(
@@ -124,12 +170,145 @@ def test_opened(
 ) -> None:  # fmt: skip
     path = tmp_path / folder
     path.mkdir(parents=True)
-    write(path, params, **changes)
+    source = write(path, params, **changes) or path
     (path.parent / "config.json").write_text('{"model": "someone/model"}')  # where sparsify says it
-    sae = load_pretrained(path)
+    sae = load_pretrained(source)
     assert (sae.cfg.model_name, sae.cfg.hook_name) == (model_name, hook_name)
     assert (sae.cfg.act_size, sae.cfg.dict_size, sae.cfg.input_unit_norm) == (D, F, False)
     assert_computes(sae, rule, params)
+
+
+@pytest.mark.parametrize("t", [5.0, 0.3], ids=["sae", "transcoder"])
+def test_llama_scope(tmp_path: Path, params: Tensors, t: float) -> None:
+    """As lm-saes did: norms of inputs and outputs go into the weights, then those of the decoder, then it compares."""
+    written = "blocks.4.hook_mlp_out" if t == 5 else "blocks.4.hook_resid_post"
+    norms = {"in": 5.0, "out": t}
+    write_llama(tmp_path, params, dataset_average_activation_norm=norms, hook_point_out=written)
+    W_dec = params["W_dec"] * t / 5
+    n = W_dec.norm(dim=1)
+    b_enc, b_dec = params["b_enc"] * 5 / D**0.5, params["b_dec"] * t / D**0.5
+    scaled = {"W_enc": params["W_enc"] * n, "b_enc": b_enc * n, "W_dec": W_dec / n[:, None], "b_dec": b_dec}
+    sae = load_pretrained(tmp_path)
+    assert (sae.cfg.sae_type, sae.cfg.model_name) == ("jumprelu", "meta-llama/Llama-3.1-8B")
+    assert (sae.cfg.reads, sae.cfg.writes) == (("blocks.4.hook_mlp_out",), (written,))
+    x = 2 * torch.randn(30, D)
+    acts = jumps(x, scaled | {"threshold": torch.full((F,), 0.4)})
+    assert 0 < (acts > 0).sum() < acts.numel()
+    assert_close(sae.encode(x).double(), acts, rtol=1e-5, atol=1e-5)
+    assert_close(sae(x).sae_out.double(), acts @ scaled["W_dec"].double() + b_dec, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+@pytest.mark.parametrize("read, named", [
+    ("blocks.9.ln2.hook_normalized", "blocks.9.ln2.hook_normalized"),
+    ("model.layers.9.pre_feedforward_layernorm.output", "blocks.9.ln2.hook_out"),
+], ids=["Gemma Scope", "2"])  # fmt: skip
+def test_transcoders_of_gemma_scope(tmp_path: Path, params: Tensors, read: str, named: str, skip: bool) -> None:
+    """The first reads what the RMSNorm gives without its gain, the second what enters the MLP."""
+    if named == read:
+        if skip:
+            return
+        (folder := tmp_path / "models--google--gemma-scope-2b-pt-transcoders" / "layer_9" / "l0_76").mkdir(parents=True)
+        write_npz(folder, params)
+    else:
+        folder, written = tmp_path, "model.layers.9.post_feedforward_layernorm.output"
+        more = {"affine_skip_connection": torch.randn(D, D)} if skip else {}
+        write_gemma_3(folder, params | more, hf_hook_point_in=read, hf_hook_point_out=written, type="transcoder")
+        params |= more
+    sae, x = load_pretrained(folder), 2 * torch.randn(30, D)
+    assert (sae.cfg.reads, sae.cfg.writes, sae.cfg.skip) == ((named,), ("blocks.9.hook_mlp_out",), skip)
+    acts = jumps(x, params)
+    decoded = acts @ params["W_dec"].double() + params["b_dec"]
+    decoded += x.double() @ params["affine_skip_connection"].double() if skip else 0
+    assert_close(sae.encode(x).double(), acts, rtol=1e-5, atol=1e-5)
+    assert_close(sae(x).sae_out.double(), decoded, rtol=1e-5, atol=1e-5)
+
+
+def test_gated_is_a_jumprelu(tmp_path: Path, params: Tensors) -> None:
+    """With gates that open below the magnitude's 0, and above."""
+    del params["threshold"]
+    params |= {"b_mag": params.pop("b_enc"), "b_gate": torch.randn(F) / 4, "r_mag": torch.randn(F) / 2}
+    write_sae_lens(tmp_path, params, architecture="gated", apply_b_dec_to_input=True)
+    sae = load_pretrained(tmp_path)
+    assert sae.cfg.sae_type == "jumprelu" and 0 < (sae.threshold == 0).sum() < F
+    assert_computes(sae, gated, params)
+    save_file(params | {"r_mag": torch.full((F,), 99.0)}, tmp_path / "sae_weights.safetensors")
+    assert_refused(tmp_path, "W_enc is empty or has numbers that are not finite")
+
+
+def test_whitened_inputs(tmp_path: Path, params: Tensors) -> None:
+    """(x - m) M is encoded, and what is decoded mapped back."""
+    matrix, mean = torch.randn(D, D, dtype=torch.float64), torch.randn(D, dtype=torch.float64)
+    whitening = {"mean": mean, "matrix": matrix, "inverse_matrix": matrix.inverse().contiguous()}
+    write_sae_lens(tmp_path, params, normalize_activations="covariance_whitening")
+    assert_refused(tmp_path, "activation_whitening.safetensors: not readable")
+    save_file(whitening, tmp_path / "activation_whitening.safetensors")
+    sae = load_pretrained(tmp_path)
+    back = {"W_dec": params["W_dec"].double() @ matrix.inverse(), "b_dec": params["b_dec"] @ matrix.inverse().float()}
+    back["b_dec"] = back["b_dec"] + mean
+    assert_computes(sae, lambda x, _: jumps((x - mean) @ matrix, params), params | back)
+
+
+@pytest.mark.parametrize("sae_type", list(TYPES))
+@pytest.mark.parametrize("resaved", [False, True], ids=["uploaded", "saved again"])
+def test_ours_without_counters(tmp_path: Path, sae_type: str, resaved: bool) -> None:
+    """As SAELens uploads a folder of ours, or writes it from its own fields: type, k and prefixes are not lost."""
+    fields = dict(act_size=D, dict_size=F, target_l0=K, model_name="gpt2", layer=3, prefixes=(0.25, 0.5, 1.0))
+    sae = build_sae(Config(sae_type=sae_type, device="cpu", **fields)).eval()
+    if sae.cfg.type.sae_lens == "jumprelu":
+        sae.threshold.data.fill_(0.4)
+    save_checkpoint(sae, tmp_path)
+    (tmp_path / "counters.safetensors").unlink()
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    if resaved:
+        del cfg["nn_decompositions"], cfg["sha256"]
+        (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    again, x = load_pretrained(tmp_path), torch.randn(30, D)
+    assert again.cfg.sae_type == sae_type and torch.equal(again.encode(x), sae.encode(x))
+    assert (again.cfg.hook_name, again.cfg.model_name) == (sae.cfg.hook_name, "gpt2")
+    if sae_type == "matryoshka":
+        assert again.cfg.prefixes == (0.25, 0.5, 1.0)
+    if not TYPES[sae_type].penalty:
+        assert again.cfg.target_l0 == K
+    assert not again.tokens_since_fired.any() and again.input_scale < 0  # which training measures
+    if sae_type == "batchtopk":
+        without_k = cfg["metadata"] | {"training_architecture_details": None}  # as files of ours once were
+        (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"metadata": without_k}))
+        assert load_pretrained(tmp_path).cfg.sae_type == "jumprelu"
+        (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+        # once norms are folded, each latent has a threshold of its own
+        tensors = load_file(tmp_path / "sae_weights.safetensors")
+        save_file(tensors | {"threshold": torch.rand(F)}, tmp_path / "sae_weights.safetensors")
+        assert load_pretrained(tmp_path).cfg.sae_type == "jumprelu"
+
+
+HOOKS = ["hook_embed", "blocks.3.hook_mlp_in", "blocks.3.ln2.hook_normalized", "blocks.3.mlp.hook_post"]
+
+
+@pytest.fixture(scope="module")
+def tiny_lm() -> HeldOut:
+    tokens = torch.randint(1, 4096, (4, 20), generator=torch.Generator().manual_seed(0))
+    return HeldOut(load_model(Config(device="cpu")), tokens)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_on_any_hook_of_the_model(tmp_path: Path, tiny_lm: HeldOut, hook: str) -> None:
+    """An SAE that reconstructs everything changes nothing there, one that reconstructs 0 is an ablation."""
+    width = 1024 if hook.endswith("post") else 256
+    eye = torch.eye(width)
+    params = {"W_enc": torch.cat([eye, -eye], dim=1), "b_enc": torch.zeros(2 * width), "b_dec": torch.zeros(width)}
+    metadata = METADATA | {"hook_name": hook, "model_name": "tiny-lm"}
+    for scale in (1, 0):
+        tensors = params | {"W_dec": scale * params["W_enc"].t().contiguous()}
+        write_sae_lens(tmp_path, tensors, architecture="standard", d_in=width, d_sae=2 * width, metadata=metadata)
+        sae = load_pretrained(tmp_path)
+        assert check_hooks(tiny_lm.model, sae.cfg) == sae.cfg
+        (found,) = evaluate(tiny_lm, [sae])
+        with splice(tiny_lm.model, sae) as latents:
+            tiny_lm.model(torch.arange(9)[None])
+        assert latents[sae.cfg.hook_name].shape == (1, 9, 2 * width)
+        assert found["ce"] == pytest.approx(found["ce_clean" if scale else "ce_zero"], abs=1e-5)
+    assert abs(found["ce"] - found["ce_clean"]) > 0.01
 
 
 @pytest.mark.filterwarnings("ignore:.*from before SAELens 6")
@@ -202,7 +381,8 @@ def assert_refused(folder: Path, says: str) -> None:
 @pytest.mark.parametrize(
     "write, changes, says",
     [
-        (write_sae_lens, {"architecture": "gated"}, "architecture = 'gated': not opened here; can be 'standard'"),
+        (write_sae_lens, {"architecture": "temporal"}, "architecture = 'temporal': not opened here; can be 'standard'"),
+        (write_sae_lens, {"architecture": "gated"}, "a gated SAE has"),
         (write_sae_lens, {"architecture": ["jumprelu"]}, "architecture = "),
         (write_sae_lens, {"activation_fn": "tanh-relu"}, "activation_fn = 'tanh-relu'"),
         (write_sae_lens, {"activation_fn": "topk", "activation_fn_kwargs": 3}, "a topk SAE has"),
@@ -213,11 +393,21 @@ def assert_refused(folder: Path, says: str) -> None:
         (write_sae_lens, {"hook_head_index": 3}, "hook_head_index = 3"),
         (write_sae_lens, {"hook_point_head_index": 3}, "hook_head_index = 3"),  # before version 6
         (write_sae_lens, {"d_sae": F + 1}, r"W_enc is \[12, 40\] of torch.float32, should be \[12, 41\]"),
-        (write_sae_lens, {"metadata": METADATA | {"hook_name": "hook_embed"}}, "no hook of a block; give one such as"),
+        (write_sae_lens, {"metadata": METADATA | {"hook_name": "hook_logits"}}, "no hook of a block; give one such as"),
         (write_sae_lens, {"metadata": METADATA | {"hook_name": 3}}, "does not say its hook_name"),
         (write_sae_lens, {"metadata": METADATA | {"context_size": "x"}}, "seq_len = 'x': give int"),
         (write_sae_lens, {"metadata": 3}, "does not say its model_name"),
-        (write_ae, {"dict_class": "GatedAutoEncoder"}, "dict_class = 'GatedAutoEncoder': .*can be 'AutoEncoder'"),
+        (write_ae, {"dict_class": "CrossCoder"}, "dict_class = 'CrossCoder': .*can be 'AutoEncoder'"),
+        (write_gemma_3, {"architecture": "relu"}, "architecture = 'relu'"),
+        (write_gemma_3, {"type": "crosscoder"}, "type = 'crosscoder'"),
+        (write_gemma_3, {"hf_hook_point_in": ["a", "b"]}, "does not say its hook_name"),
+        (write_gemma_3, {"hf_hook_point_out": "model.layers.9.x"}, "does not say hook_name_out"),
+        (write_llama, {"act_fn": "topk"}, "act_fn = 'topk'"),
+        (write_llama, {"norm_activation": "token-wise"}, "norm_activation = 'token-wise'"),
+        (write_llama, {"apply_decoder_bias_to_pre_encoder": True}, "apply_decoder_bias_to_pre_encoder = True"),
+        (write_llama, {"dataset_average_activation_norm": {"in": 0, "out": 1}}, "in = 0: should be a number above 0"),
+        (write_llama, {"jump_relu_threshold": "x"}, "jump_relu_threshold = 'x': should be a number above 0"),
+        (write_llama, {"hook_point_out": "blocks.5.hook_mlp_out"}, "reads layer 4 and writes blocks.5.hook_mlp_out"),
         (write_ae, {"k": 2.5}, "target_l0 = 2.5: give int"),
         (write_ae, {"submodule_name": "attention_layer_2"}, "does not say its hook_name"),
         (write_ae, {"layer": "x"}, "hook_name = 'blocks.x.hook_resid_post': no hook of a block"),
@@ -239,13 +429,15 @@ def test_what_cannot_be_folded_is_refused(
 
 
 def test_folders_without_an_sae(tmp_path: Path, params: Tensors) -> None:
+    (folder := tmp_path / "transcoders" / "layer_3").mkdir(parents=True)
+    write_npz(folder, params)
+    assert_refused(folder, "a transcoder; name its folders as")
     assert_refused(tmp_path, "holds no SAE")
     (tmp_path / "cfg.json").write_text("{}")
     assert_refused(tmp_path, "holds no SAE")
-    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_3"
-    folder.mkdir(parents=True)
-    write_npz(folder, params)
-    assert_refused(folder, "a transcoder")
+    write_qwen(tmp_path, params)
+    assert_refused(tmp_path, "holds a file for each layer; give one, as in user/repo:layer5.sae.pt")
+    assert_refused(tmp_path / "layer7.sae.pt", "does not say model, k and layer; put it in a folder with its repos")
 
 
 # ---- forged ----
@@ -306,7 +498,7 @@ def test_tensors_of_another_kind(
 @pytest.mark.parametrize("write", WRITERS)
 def test_damaged_files(tmp_path: Path, params: Tensors, write: Callable[[Path, Tensors], None]) -> None:
     write(tmp_path, params)
-    (weights,) = [path for path in tmp_path.iterdir() if path.suffix != ".json"]
+    (weights,) = [path for path in tmp_path.rglob("*.*") if path.suffix != ".json"]
     whole = weights.read_bytes()
     rng = np.random.default_rng(0)
     for _ in range(40):  # cut, or overwritten at the beginning or the end, where the structure is

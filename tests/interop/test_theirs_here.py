@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import sae_lens
 import torch
-from dictionary_learning import AutoEncoder, JumpReluAutoEncoder
+from dictionary_learning import AutoEncoder, GatedAutoEncoder, JumpReluAutoEncoder
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
 from dictionary_learning.utils import load_dictionary
 from hub_server import standing_in
-from sae_lens.loading.pretrained_sae_loaders import gemma_2_sae_huggingface_loader
+from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors.torch import save
 from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor, nn
 
@@ -50,6 +51,7 @@ def same(ours: Tensor, theirs: Tensor) -> None:
 
 # ---- SAELens ----
 
+OURS = {"standard": "vanilla", "gated": "jumprelu", "matryoshka_batchtopk": "matryoshka"}
 METADATA = {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_post", "context_size": 64, "dataset_path": "a/b"}
 
 
@@ -71,12 +73,12 @@ def assert_same_as_sae_lens(ours: nn.Module, theirs: sae_lens.SAE, x: Tensor) ->
 @pytest.mark.parametrize("shape", [(50,), (5, 8)])
 @pytest.mark.parametrize("norm", ["none", "layer_norm"])
 @pytest.mark.parametrize("subtract", [True, False])
-@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
 def test_sae_lens(tmp_path: Path, architecture: str, subtract: bool, norm: str, shape: tuple[int, ...]) -> None:
     theirs = sae_lens_sae(architecture, apply_b_dec_to_input=subtract, normalize_activations=norm)
     theirs.save_model(tmp_path)
     ours = load_pretrained(tmp_path)
-    assert ours.cfg.sae_type == {"standard": "vanilla"}.get(architecture, architecture)
+    assert ours.cfg.sae_type == OURS.get(architecture, architecture)
     assert (ours.cfg.model_name, ours.cfg.layer, ours.cfg.site) == ("gpt2", 3, "resid_post")
     assert (ours.cfg.act_size, ours.cfg.dict_size, ours.cfg.input_unit_norm) == (D, F, norm == "layer_norm")
     assert (ours.cfg.seq_len, ours.cfg.dataset_path) == (64, "a/b")
@@ -97,27 +99,35 @@ def test_sae_lens_in_another_format_of_numbers(tmp_path: Path, dtype: str) -> No
 
 
 @pytest.mark.parametrize("rescaled", [False, True])
-@pytest.mark.parametrize("norm", ["none", "expected_average_only_in"])
-@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "standard", "jumprelu"])
+@pytest.mark.parametrize("norm", ["none", "expected_average_only_in", "covariance_whitening"])
+@pytest.mark.parametrize("architecture", ["matryoshka_batchtopk", "batchtopk", "topk", "standard", "jumprelu", "gated"])
 def test_sae_lens_in_training(tmp_path: Path, architecture: str, norm: str, rescaled: bool) -> None:
     """A checkpoint of SAELens' trainer becomes what SAELens would make of it for inference, input scaling folded."""
     fields: dict = {"d_in": D, "d_sae": F, "normalize_activations": norm}
     if architecture.endswith("topk"):
         fields |= {"k": K, "rescale_acts_by_decoder_norm": rescaled}
+    if architecture == "matryoshka_batchtopk":
+        fields |= {"matryoshka_widths": [F // 4, F // 2, F], "k": K + 0.25}
     config_class = sae_lens.registry.get_sae_training_class(architecture)[1]
     training = shaken(sae_lens.TrainingSAE.from_dict(
         config_class(**fields, metadata=SAEMetadata(**METADATA)).to_dict()
     ))  # fmt: skip
     training.save_model(tmp_path / "training")
-    if norm != "none":
-        ActivationScaler(scaling_factor=1.7).save(str(tmp_path / "training" / "activation_scaler.json"))
-        training.fold_activation_norm_scaling_factor(1.7)
+    scaler = ActivationScaler(scaling_factor=1.7 if norm == "expected_average_only_in" else None)
+    if norm == "covariance_whitening":
+        scaler.estimate_whitening(D, iter([inputs(200) @ torch.randn(D, D)]), 1)
+        training.fold_activation_whitening(*vars(scaler.whitening).values())
+    scaler.save(str(tmp_path / "training" / "activation_scaler.json"))
+    if scaler.scaling_factor:
+        training.fold_activation_norm_scaling_factor(scaler.scaling_factor)
     training.save_inference_model(tmp_path / "inference")
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "inference")
-    ours = load_pretrained(tmp_path / "training")
-    assert ours.cfg.sae_type == {"standard": "vanilla"}.get(architecture, architecture)
-    assert_same_as_sae_lens(ours, theirs, inputs())
-    assert_same_as_sae_lens(load_pretrained(tmp_path / "inference"), theirs, inputs())
+    for folder in ("training", "inference"):
+        ours = load_pretrained(tmp_path / folder)
+        assert ours.cfg.sae_type == OURS.get(architecture, architecture)
+        assert_same_as_sae_lens(ours, theirs, inputs())
+        if architecture == "matryoshka_batchtopk":
+            assert (ours.cfg.prefixes, ours.cfg.target_l0) == ((0.25, 0.5, 1.0), K)
 
 
 @pytest.mark.parametrize("d_out", [D, D + 5])
@@ -143,13 +153,88 @@ def test_sae_lens_transcoders(tmp_path: Path, architecture: str, d_out: int) -> 
 
 
 def test_sae_lens_refused_by_name(tmp_path: Path) -> None:
-    cfg = {"architecture": "gated", "d_in": D, "d_sae": F, "metadata": METADATA}
-    sae_lens.registry.get_sae_class("gated")[0].from_dict(cfg).save_model(tmp_path)
-    with pytest.raises(ValueError, match="architecture = 'gated'"):
+    sae_lens_sae("matching_pursuit").save_model(tmp_path)
+    with pytest.raises(ValueError, match="architecture = 'matching_pursuit'"):
+        load_pretrained(tmp_path)
+    sae_lens_sae("standard", normalize_activations="constant_norm_rescale").save_model(tmp_path)
+    with pytest.raises(ValueError, match="normalize_activations = 'constant_norm_rescale': not opened here"):
         load_pretrained(tmp_path)
 
 
-# ---- Gemma Scope, as SAELens reads it from the Hub ----
+# ---- suites, as SAELens reads them from the Hub ----
+
+
+@pytest.mark.parametrize("repo, folder, loader", [
+    ("google/gemma-scope-2b-pt-transcoders", "layer_7/width_16k/average_l0_76", "gemma_2_transcoder"),
+    ("google/gemma-scope-2-4b-it", "resid_post_all/layer_7_width_16k_l0_small", "gemma_3"),
+    ("google/gemma-scope-2-270m-pt", "attn_out/layer_7_width_16k_l0_small", "gemma_3"),
+    ("google/gemma-scope-2-1b-pt", "transcoder_all/layer_7_width_16k_l0_big", "gemma_3"),
+    ("google/gemma-scope-2-1b-pt", "transcoder_all/layer_7_width_16k_l0_big_affine", "gemma_3"),
+    ("fnlp/Llama3_1-8B-Base-LXM-8x", "Llama3_1-8B-Base-L7M-8x", "llama_scope"),
+    ("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_6", "layer7.sae.pt", "qwen_scope"),
+])  # fmt: skip
+def test_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: str, folder: str, loader: str) -> None:
+    """Files written here in each suite's form compute the same in SAELens, which knows their hooks by other names."""
+    params = {
+        "W_enc": torch.randn(D, F) / 5, "b_enc": torch.randn(F) / 4, "W_dec": torch.randn(F, D),
+        "b_dec": torch.randn(D) / 4, "threshold": torch.rand(F) - 0.2,
+    }  # fmt: skip
+    params["W_dec"] /= params["W_dec"].norm(dim=1, keepdim=True)
+    module, said = "model.layers.7.", {"architecture": "jump_relu"}
+    files: dict[str, bytes] = {}
+    if loader == "gemma_2_transcoder":
+        np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in params.items()})
+        files[f"{folder}/params.npz"] = (tmp_path / "params.npz").read_bytes()
+    elif loader == "gemma_3":
+        hooks = {"resid": ("output", None), "attn_": ("self_attn.o_proj.input", None)}.get(
+            folder[:5], ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output")
+        )
+        said |= {"hf_hook_point_in": module + hooks[0], "hf_hook_point_out": module + (hooks[1] or hooks[0])}
+        said |= {"model_name": repo.split("/")[1].replace("scope-2", "v3"), "affine_connection": "affine" in folder}
+        skip = {"affine_skip_connection": torch.randn(D, D)} if "affine" in folder else {}
+        small = {"w_enc": params.pop("W_enc"), "w_dec": params.pop("W_dec")}
+        files[f"{folder}/config.json"] = json.dumps(said).encode()
+        files[f"{folder}/params.safetensors"] = save(params | small | skip)
+        shapes = {name: list(tensor.shape) for name, tensor in small.items()}
+        monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", lambda repo, file: shapes)
+    elif loader == "llama_scope":
+        said = {
+            "act_fn": "jumprelu", "jump_relu_threshold": 0.8, "d_model": D, "d_sae": F,
+            "norm_activation": "dataset-wise", "dataset_average_activation_norm": {"in": 3.5, "out": 3.5},
+            "sparsity_include_decoder_norm": True, "apply_decoder_bias_to_pre_encoder": False,
+            "hook_point_in": "blocks.7.hook_mlp_out", "hook_point_out": "blocks.7.hook_mlp_out",
+        }  # fmt: skip
+        layers = {"encoder.weight": params["W_enc"].t(), "decoder.weight": params["W_dec"].t()}
+        layers |= {"encoder.bias": params["b_enc"], "decoder.bias": params["b_dec"]}
+        files[f"{folder}/hyperparams.json"] = json.dumps(said).encode()
+        files[f"{folder}/lm_config.json"] = b'{"model_name": "meta-llama/Llama-3.1-8B"}'
+        files[f"{folder}/checkpoints/final.safetensors"] = save({n: t.contiguous() for n, t in layers.items()})
+    else:
+        del params["threshold"]
+        torch.save(params | {name: params[name].t() for name in ("W_enc", "W_dec")}, tmp_path / folder)
+        files[folder] = (tmp_path / folder).read_bytes()
+    with standing_in(monkeypatch, tmp_path / "cache") as hub:
+        hub.repos[repo] = files
+        load = loaders.NAMED_PRETRAINED_SAE_LOADERS[loader]
+        cfg, weights, _ = load(repo, folder, "cpu", False, {"dtype": "float32"})
+        ours = load_pretrained(f"{repo}:{folder}")
+    cfg = loaders.handle_config_defaulting(cfg | {"d_in": D, "d_sae": F} | ({"d_out": D} if "d_out" in cfg else {}))
+    theirs = sae_lens.SAE.from_dict(cfg)
+    theirs.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()})
+    unit = 1.0
+    if loader == "llama_scope":
+        unit = D**0.5 / 3.5  # by which SAELens multiplies latents, and the decoder's rows divide
+        theirs.fold_activation_norm_scaling_factor(unit)
+    x = inputs()
+    acts = theirs.encode(x)
+    assert 0 < (acts > 0).sum() < acts.numel()
+    same(ours.encode(x) * unit, acts)
+    same(ours(x).sae_out, theirs(x))
+    read = {"gemma_3": {"hook_mlp_in": "ln2.hook_out"}}.get(loader, {})  # where SAELens reads before the norm
+    hook = theirs.cfg.metadata.hook_name.removeprefix("blocks.7.")
+    assert ours.cfg.hook_name == f"blocks.7.{read.get(hook, hook)}"
+    assert ours.cfg.writes[0] == (theirs.cfg.metadata.hook_name_out or ours.cfg.hook_name)
+    assert ours.cfg.model_name.removeprefix("google/") == theirs.cfg.metadata.model_name.removeprefix("google/")
 
 
 def test_gemma_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +247,7 @@ def test_gemma_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repo, folder = "google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71"
     with standing_in(monkeypatch, tmp_path / "cache") as hub:
         hub.repos[repo] = {f"{folder}/params.npz": (tmp_path / "params.npz").read_bytes()}
-        cfg, weights, _ = gemma_2_sae_huggingface_loader(repo, folder, "cpu", False, {"d_sae": 64})
+        cfg, weights, _ = loaders.gemma_2_sae_huggingface_loader(repo, folder, "cpu", False, {"d_sae": 64})
         ours = load_pretrained(f"{repo}:{folder}")
     theirs = sae_lens.SAE.from_dict(cfg | {"normalize_activations": "none"})
     theirs.load_state_dict(weights)
@@ -182,6 +267,7 @@ def test_gemma_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("batchtopk", lambda: BatchTopKSAE(D, F, K)),
         ("batchtopk", lambda: MatryoshkaBatchTopKSAE(D, F, K, [F // 4, 3 * F // 4])),
         ("jumprelu", lambda: JumpReluAutoEncoder(D, F)),
+        ("jumprelu", lambda: GatedAutoEncoder(D, F)),
     ],
 )
 def test_dictionary_learning(tmp_path: Path, sae_type: str, theirs: object, negative_thresholds: bool) -> None:
