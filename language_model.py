@@ -181,12 +181,27 @@ def replacing(
     model: Model,
     by_hook: Mapping[str, Callable[[Float[Tensor, "window pos act_size"]], Float[Tensor, "window pos act_size"]]],
 ) -> Iterator[None]:
-    """Pass the activations at each hook, heads concatenated, through its function in every forward pass within."""
+    """Pass the activations at each hook, heads concatenated, through its function in every forward pass within.
 
-    def replaced(acts: Tensor, hook: object, function: Callable[[Tensor], Tensor]) -> Tensor:
-        return function(acts.flatten(2)).to(acts).view_as(acts)
+    TransformerBridge's hook_resid_mid stands on the way into the MLP alone. The residual stream that goes on beside it
+    is made to follow, at the end of the block.
+    """
+    shifts: dict[str, Tensor] = {}
 
-    with model.hooks(fwd_hooks=[(name, partial(replaced, function=f)) for name, f in by_hook.items()]):
+    def replaced(acts: Tensor, hook: object, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
+        out = function(acts.flatten(2)).to(acts).view_as(acts)
+        if name in after:
+            shifts[name] = out - acts
+        return out
+
+    def follow(acts: Tensor, hook: object, name: str) -> Tensor:
+        return acts + shifts.pop(name)
+
+    middle, end = SITES["resid_mid"], SITES["resid_post"]
+    after = {name: name.removesuffix(middle) + end for name in by_hook if name.endswith(middle)}
+    following = [(after_block, partial(follow, name=name)) for name, after_block in after.items()]
+    stand_ins = [(name, partial(replaced, name=name, function=f)) for name, f in by_hook.items()]
+    with model.hooks(fwd_hooks=[*following, *stand_ins]):
         yield
 
 

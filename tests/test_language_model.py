@@ -99,6 +99,25 @@ def test_record_gives_what_hugging_face_computes(
         assert alike == [hook] or sorted(alike) == ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"]
 
 
+@torch.no_grad()
+def test_what_is_replaced_in_the_middle_of_a_block_is_the_residual_stream(
+    model: TransformerBridge, hugging_face: GPT2LMHeadModel, tokens: Tensor
+) -> None:
+    """By Hugging Face's modules: the MLP reads it, and it goes on beside the MLP."""
+    body, block = hugging_face.transformer, hugging_face.transformer.h[0]
+    x = body.wte(tokens) + body.wpe.weight[: tokens.shape[1]]
+    middle = 2 * (x + block.attn(block.ln_1(x))[0]) + 1
+    expected = hugging_face.lm_head(body.ln_f(body.h[1](middle + block.mlp(block.ln_2(middle)))))
+    seen = []
+    hooks = {
+        "blocks.0.hook_resid_post": lambda acts: seen.append(acts) or acts,
+        "blocks.0.hook_resid_mid": lambda r: 2 * r + 1,
+    }
+    with replacing(model, hooks):
+        assert_close(model(tokens), expected, atol=1e-4, rtol=1e-4)
+    assert_close(seen[0], middle + block.mlp(block.ln_2(middle)), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("hooks, later", [
     (["hook_resid_pre"], ["blocks.0.attn", "blocks.0.mlp", "blocks.1", "unembed"]),
     (["attn.hook_z"], ["blocks.0.mlp", "blocks.1", "unembed"]),
