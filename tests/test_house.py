@@ -8,10 +8,10 @@ import config
 
 ROOT = Path(config.__file__).parent
 FLOORS = [  # from top to bottom: a module imports only from those below it
-    "main", "sweep", "runtime.dry_run", "runtime.preflight", "cache", "interop.circuit_tracer", "interop.hub",
-    "results", "analysis.measure", "analysis.dashboard", "training", "logs", "analysis.splice", "analysis.latents",
-    "activation_store", "evaluation", "text", "interop.pretrained", "language_model", "checkpoint", "sae",
-    "kernels.choose", "kernels.straight_through", "kernels.sparse", "analysis.figures", "runtime.machine",
+    "main", "sweep", "runtime.dry_run", "runtime.preflight", "cache", "interop.circuit_tracer", "interop.neuronpedia",
+    "interop.hub", "results", "analysis.measure", "analysis.dashboard", "training", "logs", "analysis.splice",
+    "analysis.latents", "activation_store", "evaluation", "text", "interop.pretrained", "language_model", "checkpoint",
+    "sae", "kernels.choose", "kernels.straight_through", "kernels.sparse", "analysis.figures", "runtime.machine",
     "runtime.progress", "runtime.cli", "runtime.ranks", "runtime.disk", "runtime.documents", "config", "runtime.checks",
 ]  # fmt: skip
 OTHERS = {"tests", "benchmarks", "assets", "notebooks"}
