@@ -5,7 +5,6 @@ A store streams: it holds one buffer for each hook, refills the half that has be
 """
 
 import random
-import time
 import weakref
 from bisect import bisect_right
 from collections import deque
@@ -29,7 +28,7 @@ from evaluation import HeldOut, HeldOutRows
 from language_model import Model, ordinary_positions, record
 from runtime import ranks
 from runtime.checks import explained, parse_json, require
-from runtime.machine import check_buffer, send, synchronise
+from runtime.machine import Clock, check_buffer, send
 from text import TextPosition, TextStream, held_out_windows
 
 COPIED_ROWS = 1 << 16  # at a time from a GPU
@@ -88,7 +87,7 @@ class Store:
         check_buffer(cfg, self.capacity, sum(self.hooks.values()) * dtype.itemsize)
         make = dict(dtype=dtype, device=self._device)
         self._buffers = {hook: torch.empty(self.capacity, width, **make) for hook, width in self.hooks.items()}
-        self.seconds = 0.0  # that reading took
+        self.clock = Clock(self._device)  # of reading
         self._rng = torch.Generator().manual_seed(cfg.text_seed)
         if state is None:
             # Slots in the order they are served; those before _served are free.
@@ -120,11 +119,8 @@ class Store:
         Copies: the caller may keep them. Where this raises, `state` is still what it was after the batch before.
         """
         if self._served > 0 and self._served + self.batch_size > self.capacity // 2:
-            synchronise(self._device)  # what is under way is no part of it
-            began = time.perf_counter()
-            self._refill()
-            synchronise(self._device)
-            self.seconds += time.perf_counter() - began
+            with self.clock.running():
+                self._refill()
         slots = self._order[self._served : self._served + self.batch_size]
         self._served += self.batch_size
         return {hook: buffer[slots] for hook, buffer in self._buffers.items()}

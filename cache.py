@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from activation_store import MANIFEST, ActivationsStore
-from config import Config, Stream, widths_of
+from config import OF_TEXT, Config, Stream, widths_of
 from language_model import Model
 from runtime import ranks
 from runtime.checks import explained, parse_json, require
@@ -29,14 +29,6 @@ from runtime.progress import Progress
 
 FILE_BYTES = 1 << 29  # of a file's rows, at most
 SUMS = "SHA256SUMS"
-SHARED = (
-    "model_name",
-    "dataset_path",
-    "dataset_name",
-    "text_column",
-    "seq_len",
-    "dtype",
-)  # by who records and who trains
 
 
 def check_recorded(cfg: Config) -> None:
@@ -49,7 +41,7 @@ def check_recorded(cfg: Config) -> None:
     require(file.is_file(), f"{said}: no {MANIFEST} there; {whole}")
     manifest = parse_json(file.read_bytes(), str(file))
     with explained(f"{file}: says too little", KeyError, TypeError, remedy=whole):
-        recorded = {field: manifest["config"][field] for field in SHARED}
+        recorded = {field: manifest["config"][field] for field in OF_TEXT}
         hooks, files = dict(manifest["hooks"]), dict(manifest["files"])
     others = [f for f, value in recorded.items() if _last_name(value) != _last_name(getattr(cfg, f))]
     give = " ".join(f"--{field.replace('_', '-')} {written(recorded[field])}" for field in others)

@@ -192,6 +192,7 @@ class Run:
 
 
 GROUPS = (Stream, Dictionary, Optimisation, Run)
+OF_TEXT = ("model_name", "dataset_path", "dataset_name", "text_column", "seq_len", "dtype")  # decide its activations
 
 
 @dataclass(frozen=True, kw_only=True)

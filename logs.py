@@ -13,6 +13,7 @@ runs/<sweep>/                  one folder a sweep; W&B's offline files lie in it
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from sae import BaseAutoencoder
 
 SWEEP, RESUME, METRICS = "sweep.json", "resume.safetensors", "metrics.jsonl"
 ARTIFACT_NAME = 128  # letters, at most
-WANDB_SECONDS = 60  # to wait, at the end, for what has not been sent
+WANDB_SECONDS, UPLOAD_SECONDS = 60, 3600  # to wait, at the end, for what has not been sent
 
 
 def begin_sweep(folder: Path, cfgs: list[Config]) -> None:
@@ -119,7 +120,7 @@ class RunLog:
         return runs
 
     def _begin_run(self, cfg: Config, run_id: str | None, mode: str) -> Run:
-        seconds = WANDB_SECONDS / len(self._folders)
+        seconds = (UPLOAD_SECONDS if cfg.wandb_artifacts else WANDB_SECONDS) / len(self._folders)
         return wandb.init(
             project=cfg.wandb_project,
             name=cfg.name,
@@ -164,9 +165,8 @@ class RunLog:
         folder = self.folder / sae.cfg.name
         save_checkpoint(sae, folder / f"step-{step:06d}")
         if sae.cfg.wandb_artifacts:
-            artifact = wandb.Artifact(sae.cfg.name[-ARTIFACT_NAME:], type="model", metadata={"step": step})
-            artifact.add_dir(str(folder / f"step-{step:06d}"), policy="immutable")  # makes no copies
-            self._tell_wandb(self._folders.index(folder), step, lambda run: run.log_artifact(artifact))
+            upload = partial(_upload, folder=folder / f"step-{step:06d}", step=step)
+            self._tell_wandb(self._folders.index(folder), step, upload)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write, in place of the last one, what `load_progress` reads for a later resume."""
@@ -191,10 +191,18 @@ class RunLog:
                 file.unlink()
 
     def close(self) -> None:
-        """End the W&B runs, without waiting for a slow service longer than a minute."""
+        """End the W&B runs, without waiting long for a slow service."""
         for run in filter(None, self._runs):
             try:
                 run.finish()
             except Exception as error:  # of a service out of our hands, or because it is slow
                 unsent = f"what it has not been sent lies in {self.folder}/wandb; use `wandb sync`"
                 tqdm.write(f"W&B failed at the end ({one_line(error)}); {unsent}")
+
+
+def _upload(run: Run, folder: Path, step: int) -> None:
+    """Log a checkpoint as an artifact of an SAE's run."""
+    artifact = wandb.Artifact(folder.parent.name[-ARTIFACT_NAME:], type="model", metadata={"step": step})
+    for file in folder.iterdir():
+        artifact.add_file(str(file), policy="immutable")  # which makes no copy
+    run.log_artifact(artifact)

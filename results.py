@@ -100,7 +100,7 @@ def _wandb_rows(source: str, fetch_into: Path | None) -> list[dict]:
     rows = []
     for run in wandb.Api().runs(match[1], filters=filters, lazy=False):  # lazy would make a request for every run
         sweep, checkpoint = run.group or "", None
-        saved = [] if fetch_into is None else [found for found in run.logged_artifacts() if found.type == "model"]
+        saved = [] if fetch_into is None else [found for found in run.logged_artifacts() if "step" in found.metadata]
         if saved:
             last = max(saved, key=lambda artifact: artifact.metadata["step"])
             checkpoint = last.download(root=str(fetch_into / sweep / run.name / f"step-{last.metadata['step']:06d}"))

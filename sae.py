@@ -135,7 +135,7 @@ class BaseAutoencoder(nn.Module):
 
     @property
     def dict_size(self) -> int:
-        """Number of latents. This, d_in and d_out are what other libraries' evaluations ask a dictionary for."""
+        """Count the latents. Other libraries' evaluations ask a dictionary for this, d_in and d_out."""
         return self.cfg.dict_size
 
     @property

@@ -220,6 +220,7 @@ class _Loop:
         state.clear()  # gigabytes, perhaps
         progress = Progress(cfg, first)
         in_steps, in_lap, in_evaluations = 0.0, 0.0, 0.0
+        read_before = self.store.clock.seconds
         for step in range(first, cfg.num_steps):
             done, began = step + 1, time.perf_counter()
             is_last_step = done == cfg.num_steps
@@ -262,7 +263,7 @@ class _Loop:
                 raise Stopped(f"stopped after step {done:,} of {cfg.num_steps:,}")
         progress.close()
         rate = (cfg.num_steps - first) * cfg.batch_size / in_steps
-        reading = self.store.seconds
+        reading = self.store.clock.seconds - read_before
         times = {"activations": reading, "training": in_steps - reading, "evaluation": in_evaluations}
         shares = ", ".join(f"{name} {seconds / sum(times.values()):.0%}" for name, seconds in times.items())
         progress.say(f"{rate:,.0f} tokens/s; time: {shares}")

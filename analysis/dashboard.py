@@ -6,6 +6,8 @@ to the largest and for the chosen contexts. Memory does not grow with the text.
 """
 
 import json
+import zlib
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,7 +34,7 @@ from sae import BaseAutoencoder
 from text import held_out_windows
 
 TEMPLATE = Path(__file__).with_name("dashboard.html")
-MARK = "<!-- data -->"  # in the template twice: for the table, which can then be drawn, and for all the rest
+MARK = "<!-- data -->"  # in the template twice: for what the table needs, which can then be drawn, and for all the rest
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 STRONGEST = 16  # contexts of a latent, each from another window
 SAMPLED = 64  # activations of a latent, from which its weaker contexts are chosen
@@ -43,9 +45,9 @@ EFFECTS = 10  # tokens that a latent promotes, and as many that it suppresses
 NEAREST = 10  # latents
 TABLE_TOKENS = 6  # in a row of the table
 LEVELS = 999  # steps in which an activation is written, as a share of the latent's largest
-LATENTS_PER_PIECE = 256  # of the page's data: a piece is parsed when one of its latents is opened
-DENSE_NUMBERS = 1 << 26  # at a time: 256 MB of float32
-READ_BACK = 1 << 22  # activations at a time: 64 MB
+LATENTS_PER_PIECE = 256  # of the page's data: a piece is read when one of its latents is opened
+DENSE_NUMBERS = 1 << 24  # at a time: 64 MB of float32, which malloc gives back at once
+READ_BACK = 1 << 20  # activations at a time: 16 MB
 WINDOW_CHOICE = 4  # held-out windows to choose each window from
 
 ACTIVATION = np.dtype([("context", np.int64), ("position", np.int32), ("value", np.float32)])
@@ -76,18 +78,22 @@ def feature_dashboard(
     windows: int = 1024,
     dataset_path: str | None = None,
     dataset_name: str | None = None,
+    text_column: str | None = None,
 ) -> Path:
     """Write one HTML file with a table of the SAE's latents and, for each, its density, largest activation, histogram,
     strongest contexts, contexts of each quarter of its activations, direct effects and nearest decoder rows.
 
     sae: of any type, used as in evaluation. model: the language model of sae.cfg, loaded when not given.
-    windows: how many context windows of held-out text to read. dataset_path, dataset_name: the text, as in Config; that
-    of sae.cfg when not given. Returns the path. Raises ValueError or OSError when model or text cannot be read.
+    windows: how many context windows of held-out text to read. dataset_path, dataset_name, text_column: the text, as in
+    Config; that of sae.cfg when not given. Returns the path. Raises ValueError or OSError when model or text cannot be
+    read.
     """
     require(windows >= 1, f"windows = {windows}: give 1 or more")
-    alone = dataset_name is not None and dataset_path is None
-    require(not alone, f"dataset_name = {dataset_name!r}: needs its data set; give dataset_path as well")
-    cfg = sae.cfg if dataset_path is None else replace(sae.cfg, dataset_path=dataset_path, dataset_name=dataset_name)
+    of_text = {"dataset_name": dataset_name, "text_column": text_column}
+    for field, value in of_text.items():
+        alone = value is not None and dataset_path is None
+        require(not alone, f"{field} = {value!r}: needs its data set; give dataset_path as well")
+    cfg = sae.cfg if dataset_path is None else replace(sae.cfg, dataset_path=dataset_path, **of_text)
     model = load_model(check_model(cfg)) if model is None else model
     tokens = held_out_windows(cfg, model.tokenizer, windows, WINDOW_CHOICE)
     write_durably(path, page(sae, model, cfg.dataset_path, tokens).encode())
@@ -101,6 +107,7 @@ def dashboard_parser() -> Parser:
     parser.add_argument("--output", type=Path, metavar="FILE", help="the page (default: beside the folder, as .html)")
     parser.add_argument("--dataset-path", metavar="PATH", help="text, as for main.py (default: that of its Config)")
     parser.add_argument("--dataset-name", metavar="NAME", help="configuration of that data set, if it has several")
+    parser.add_argument("--text-column", metavar="NAME", help="column of that data set, of text or of token ids")
     parser.add_argument("--model-name", metavar="NAME", help="the model, where the files are silent or wrong about it")
     parser.add_argument("--hook-name", metavar="HOOK", help="the hook, likewise, as in blocks.8.hook_resid_pre")
     return parser
@@ -113,7 +120,8 @@ def command(words: list[str]) -> None:
     sae = load_pretrained(args.checkpoint, Config().torch_device, model_name=args.model_name, hook_name=args.hook_name)
     beside = folder.resolve().with_name(f"{folder.resolve().name}.html")
     path = args.output or (beside if folder.is_dir() else Path(f"{sae.cfg.name}.html"))
-    feature_dashboard(sae, path, windows=args.windows, dataset_path=args.dataset_path, dataset_name=args.dataset_name)
+    of_text = {field: getattr(args, field) for field in ("dataset_path", "dataset_name", "text_column")}
+    feature_dashboard(sae, path, windows=args.windows, **of_text)
     print(f"{sae.cfg.dict_size:,} latents, {path.stat().st_size / 1e6:.1f} MB: {path}")
 
 
@@ -137,6 +145,7 @@ def latent_statistics(sae: BaseAutoencoder, model: Model, tokens: Int[Tensor, "w
             file.write(found)
 
         peaks, bands = choose_contexts(strongest.entries(), sampled.entries(), F)
+        del strongest, sampled
         np.maximum.at(maxima, peaks["context"] % F, peaks["value"])
         contexts = np.sort(peaks["context"])
         file.seek(0)
@@ -183,8 +192,8 @@ class Best:
     """Keep, for each latent, the `count` activations with the largest scores of all that are added.
 
     apart: of each window only one. Among equal scores, those added first are kept.
-    Memory is for about twice that many. An activation that cannot be among them is dropped at once, so that after the
-    first batches few are kept and sorting is rare.
+    Memory is for half as many again, and for sorting. An activation that cannot be among them is dropped at once, so
+    that after the first batches few are kept and sorting is rare.
     """
 
     def __init__(self, dict_size: int, count: int, apart: bool = False) -> None:
@@ -196,15 +205,16 @@ class Best:
     def add(self, found: Activations, scores: Float[np.ndarray, "nnz"]) -> None:
         better = scores > self.to_beat[found["context"] % len(self.to_beat)]
         self.parts.append((found[better], scores[better]))
-        if sum(len(scores) for _, scores in self.parts[1:]) > len(self.to_beat) * self.count:
+        if sum(len(scores) for _, scores in self.parts[1:]) > len(self.to_beat) * self.count // 2:
             self.entries()
 
     def entries(self) -> Activations:
         """Return what is kept, latent after latent, each latent's from the largest score down."""
         F = len(self.to_beat)
         found, scores = (np.concatenate(part) for part in zip(*self.parts))
+        self.parts.clear()
         order = np.lexsort((-scores, found["context"] % F))
-        order = order[foremost(found[order], F, self.count, self.apart)]
+        order = order[foremost(found["context"][order], F, self.count, self.apart)]
         found, scores = found[order], scores[order]
         sizes = np.bincount(found["context"] % F, minlength=F)
         full = sizes == self.count
@@ -213,10 +223,10 @@ class Best:
         return found
 
 
-def foremost(found: Activations, dict_size: int, count: int, apart: bool) -> Int[np.ndarray, "kept"]:
+def foremost(contexts: Int[np.ndarray, "nnz"], dict_size: int, count: int, apart: bool) -> Int[np.ndarray, "kept"]:
     """Find the first `count` of each latent's activations, one of each window if `apart`; latents come in order."""
-    first = np.sort(np.unique(found["context"], return_index=True)[1]) if apart else np.arange(len(found))
-    latents = found["context"][first] % dict_size
+    first = np.sort(np.unique(contexts, return_index=True)[1]) if apart else np.arange(len(contexts))
+    latents = contexts[first] % dict_size
     rank = np.arange(len(first)) - np.searchsorted(latents, latents)  # within the latent
     return first[rank < count]
 
@@ -230,13 +240,16 @@ def choose_contexts(
     """
     latents = sampled["context"] % dict_size
     order = np.lexsort((sampled["value"], latents))
-    start, end = (np.searchsorted(latents, latents, side) for side in ("left", "right"))
-    quantiles = np.empty_like(order)
-    quantiles[order] = (np.arange(len(order)) - start) * BANDS // (end - start)
+    sizes = np.bincount(latents, minlength=dict_size)
+    quantiles = np.empty(len(order), np.int8)
+    quantiles[order] = (np.arange(len(order)) - (sizes.cumsum() - sizes)[latents]) * BANDS // sizes[latents]
     peaks, bands = strongest, np.full(len(strongest), -1)
     for band in reversed(range(BANDS)):
-        others = sampled[(quantiles == band) & ~np.isin(sampled["context"], peaks["context"])]
-        others = others[foremost(others, dict_size, PER_BAND, apart=True)]  # in the order of the sample: random
+        others = sampled[quantiles == band]
+        others = others[~np.isin(others["context"], peaks["context"])]
+        others = others[
+            foremost(others["context"], dict_size, PER_BAND, apart=True)
+        ]  # in the order of the sample: random
         peaks, bands = np.concatenate([peaks, others]), np.concatenate([bands, np.full(len(others), band)])
     order = np.lexsort((-peaks["value"], -bands, bands >= 0, peaks["context"] % dict_size))
     return peaks[order], bands[order]
@@ -257,11 +270,12 @@ def direct_effects(sae: BaseAutoencoder, model: Model, count: int) -> tuple[Rank
     vocab = min(model.cfg.d_vocab, len(model.tokenizer))  # a padded unembedding has tokens without a string
     device, dtype = model.W_U.device, model.W_U.dtype
     count = min(count, vocab // 2)
-    zero = model.unembed(model.ln_final(torch.zeros(1, 1, model.cfg.d_model, device=device, dtype=dtype)))
+    zero = model.unembed(model.ln_final(torch.zeros(1, 1, model.cfg.d_model, device=device, dtype=dtype)))[0, :, :vocab]
     parts = []
     for rows in sae.W_dec.split(max(1, DENSE_NUMBERS // model.cfg.d_vocab)):
         direction = rows / rows.pow(2).mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
-        logits = (model.unembed(model.ln_final(direction.to(device, dtype)[None])) - zero)[0, :, :vocab].float()
+        logits = model.unembed(model.ln_final(direction.to(device, dtype)[None]))[0, :, :vocab].float()
+        logits -= zero
         logits -= logits.mean(dim=1, keepdim=True)
         parts.append([*logits.topk(count), *logits.topk(count, largest=False)])
     raised, up, lowered, down = (torch.cat(part).cpu() for part in zip(*parts))
@@ -273,15 +287,17 @@ def direct_effects(sae: BaseAutoencoder, model: Model, count: int) -> tuple[Rank
 
 def page(sae: BaseAutoencoder, model: Model, dataset_path: str, tokens: Int[Tensor, "window pos"]) -> str:
     """Put the data into the template: tokens as indices into one table of strings, each window once."""
-    cfg, F, statistics = sae.cfg, sae.cfg.dict_size, latent_statistics(sae, model, tokens)
-    counts, peaks, bands, shown = statistics.counts, statistics.peaks, statistics.bands, statistics.shown
+    cfg, F = sae.cfg, sae.cfg.dict_size
     in_residual = (cfg.target_site or cfg.site) in RESIDUAL and len(cfg.layers) == 1
     effects = direct_effects(sae, model, EFFECTS) if in_residual else ()
-    nearest, cosines = (part.tolist() for part in nearest_latents(sae.W_dec, torch.arange(F), NEAREST))
+    pieces = torch.arange(F).split(LATENTS_PER_PIECE)
+    neighbours = [nearest_latents(sae.W_dec, piece, NEAREST) for piece in pieces]
+    statistics = latent_statistics(sae, model, tokens)  # the last, as it keeps more in memory than the others
+    counts, peaks, bands, shown = statistics.counts, statistics.peaks, statistics.bands, statistics.shown
     numbers, window = np.unique(peaks["context"] // F, return_inverse=True)
     ids = torch.cat([tokens[numbers].flatten(), *(some.flatten() for some, _ in effects)]).unique()
     windows = torch.searchsorted(ids, tokens[numbers]).numpy()
-    ranked = [(torch.searchsorted(ids, some).tolist(), four_digits(logits)) for some, logits in effects]
+    ranked = [(torch.searchsorted(ids, some).tolist(), logits.double().round(decimals=2)) for some, logits in effects]
     contexts = np.split(np.arange(len(peaks)), np.searchsorted(peaks["context"] % F, np.arange(1, F)))  # by latent
 
     def top(j: int) -> list[int]:
@@ -315,22 +331,24 @@ def page(sae: BaseAutoencoder, model: Model, dataset_path: str, tokens: Int[Tens
     }
     levels = (LEVELS * shown["value"].astype(float) / statistics.maxima[shown["context"] % F]).round().clip(min=1)
     fires = np.stack([shown["position"], levels.astype(np.int32)], axis=1)
-    heads = np.stack([window, peaks["position"], bands], axis=1)
+    heads = np.stack([window, peaks["position"], bands], axis=1, dtype=np.int32, casting="same_kind")
     starts, ends = (np.searchsorted(shown["context"], peaks["context"], side) for side in ("left", "right"))
 
-    def data(j: int) -> dict[str, Any]:
+    def data(j: int, nearest: list[int], cosines: list[float]) -> dict[str, Any]:
         return {
             "histogram": statistics.histograms[j].tolist() if counts[j] else [],
             # [window, peak, band, position, level, position, level, ...]
             "contexts": [[*heads[i].tolist(), *fires[starts[i] : ends[i]].flatten().tolist()] for i in contexts[j]],
-            "nearest": [nearest[j], [round(cosine, 3) for cosine in cosines[j]]],
-            "effects": [[some[j], logits[j]] for some, logits in ranked] or None,
+            "nearest": [nearest, cosines],
+            # [logits of those promoted, tokens suppressed, their logits]
+            "effects": [ranked[0][1][j].tolist(), ranked[1][0][j], ranked[1][1][j].tolist()] if ranked else None,
         }
 
     before, between, after = TEMPLATE.read_text(encoding="utf-8").split(MARK)
-    parts = [before, script("table", table), between, script("windows", windows.tolist())]
-    for number, piece in enumerate(torch.arange(F).split(LATENTS_PER_PIECE)):
-        parts.append(script(f"latents-{number}", [data(j) for j in piece.tolist()]))
+    parts = [before, script("table", table), script("windows", windows.tolist()), between]
+    for number, (piece, (nearest, cosines)) in enumerate(zip(pieces, neighbours)):
+        columns = (piece.tolist(), nearest.tolist(), cosines.double().round(decimals=2).tolist())
+        parts.append(script(f"latents-{number}", [data(*row) for row in zip(*columns)]))
     return "".join([*parts, after])
 
 
@@ -342,12 +360,12 @@ def token_strings(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[st
     return [text.removeprefix(prefix) for text in texts]
 
 
-def four_digits(numbers: Float[Tensor, "..."] | Float[np.ndarray, "..."]) -> list:
-    """Round to four significant digits, in nested lists."""
-    return np.vectorize(lambda number: float(f"{number:.4g}"), otypes=[float])(numbers).tolist()
+def four_digits(numbers: Float[np.ndarray, "numbers"]) -> list[float]:
+    """Round to four significant digits."""
+    return [float(f"{number:.4g}") for number in numbers]
 
 
 def script(name: str, data: Any) -> str:
-    """Write JSON that the HTML parser reads past: ASCII, and without the < that could close the script."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return f'<script type="application/json" id="{name}">{text}</script>\n'
+    """Write data as base64 of compressed JSON, in which no text is left that HTML could take for its own."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return f'<script type="text/plain" id="{name}">{b64encode(zlib.compress(text.encode(), 9)).decode()}</script>\n'

@@ -6,7 +6,7 @@ darker lines are later rows of the table: the denser SAEs, as results.load_resul
 
 import math
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from config import RESULT_FIELDS, TYPES, Config, SaeType, setting, unused_by
 from runtime.checks import require
@@ -29,6 +29,7 @@ DASHES = ("-", "--", ":", "-.")
 WIDTH, COLUMN_WIDTH = 7.5, 1.875  # inches: two columns of a paper, and the panels of one type
 BINS_PER_DECADE = 3  # of densities: wider than a factor of 2, so that none is empty between once and twice
 LEGEND_LETTERS, LEGEND_WIDTH = 26, 120  # that fit below a panel at 7 points, and below a figure at 8
+LONGEST = 20  # letters of a value in a label
 SETTINGS = {"target_l0", "l1_coeff"}  # the fields that decide an SAE's L0
 WIDTHS = ("act_size", "target_size")  # which the sites decide
 FORMATS = {  # field -> how a label shows it, if the SAEs of a type differ in it
@@ -63,7 +64,7 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
     margin = max(1.2, 2 * math.sqrt(low / high))  # at least two octaves in sight, so two powers of 2
     joined = ["sae_type", "dict_size", *_told_apart(df, but=["run", "dict_size"])]
     groups = [saes for _, saes in df.groupby(joined, dropna=False, sort=False)]
-    groups.sort(key=lambda saes: (order[saes["sae_type"].iloc[0]], saes["dict_size"].iloc[0]))
+    groups.sort(key=lambda saes: (order[saes["sae_type"].iloc[0]], saes["dict_size"].iloc[0], saes.index.min()))
     first = pd.concat([saes.head(1) for saes in groups])
     looks = dict(linewidth=1.4, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
     styles = [
@@ -71,7 +72,14 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
         for sae, line in zip(first.itertuples(), _lines(first))
     ]
 
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    labels = [
+        ", ".join([TYPES[sae_type].label, *differing])
+        for sae_type, differing in zip(first["sae_type"], _differing(first, ["run"], lambda _: 0))  # in the whole table
+    ]
+    entries = [Line2D([], [], label=label, **style) for label, style in zip(labels, styles)]
+    columns = max(1, min(len(entries), LEGEND_WIDTH // (max(map(len, labels)) + 7)))
+
+    figure = Figure(figsize=(WIDTH, 3.2 + 0.18 * math.ceil(len(entries) / columns)), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(1, 2), metrics.items()):
         for saes, style in zip(groups, styles):
             axes.plot(saes["l0"], saes[metric], **style)
@@ -83,12 +91,6 @@ def plot_pareto(df: pd.DataFrame) -> Figure:
         axes.set(xlim=(low / margin, high * margin), xlabel="L0 (latents active per token)", ylabel=f"{label} (share)")
         axes.tick_params(**TICKS)
 
-    labels = [
-        ", ".join([TYPES[sae_type].label, *differing])
-        for sae_type, differing in zip(first["sae_type"], _differing(first, but=["run"]))
-    ]
-    entries = [Line2D([], [], label=label, **style) for label, style in zip(labels, styles)]
-    columns = max(1, min(len(entries), LEGEND_WIDTH // (max(map(len, labels)) + 7)))
     figure.legend(handles=entries, loc="outside lower center", fontsize=8, ncols=columns, handlelength=2.4)
     return figure
 
@@ -116,7 +118,7 @@ def plot_training(df: pd.DataFrame, history: pd.DataFrame) -> Figure:
         l0.set_yscale("log", base=2)
         l0.yaxis.set_major_formatter("{x:g}")
     for axes, *_ in dead:
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+        axes.yaxis.set_major_formatter(_percent)
     return figure
 
 
@@ -135,7 +137,7 @@ def plot_density(df: pd.DataFrame, densities: Sequence[Float[np.ndarray, "dict_s
     figure = _histograms(df, densities, edges, labels, "Density")
     figure.axes[0].set_xscale("log")
     figure.axes[0].xaxis.set(major_locator=LogLocator(numticks=3), minor_locator=NullLocator())
-    figure.axes[0].xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")  # as the dashboard writes them
+    figure.axes[0].xaxis.set_major_formatter(_percent)  # as in the dashboard
     return figure
 
 
@@ -266,6 +268,10 @@ def kinds_of(df: pd.DataFrame) -> list[str]:
 # ---- the style ----
 
 
+def _percent(share: float, place: int | None) -> str:
+    return f"{100 * share:.4g}%"
+
+
 def _hooks(df: pd.DataFrame) -> Int[np.ndarray, "saes"]:
     """Count the hooks that each row reconstructs."""
     return np.array([len(layer) if isinstance(layer, tuple) else 1 for layer in df["layer"]])
@@ -299,20 +305,17 @@ def _told_apart(df: pd.DataFrame, but: Sequence[str]) -> list[str]:
 
 def row_labels(df: pd.DataFrame, but: Sequence[str] = ()) -> list[str]:
     """Name each row: its setting, and the fields, except `but`, in which the rows of its type differ."""
-    return [", ".join([setting(sae), *fields]) for sae, fields in zip(df.itertuples(), _differing(df, but))]
+    told = _differing(df, but, "sae_type")
+    return [", ".join([setting(sae), *fields]) for sae, fields in zip(df.itertuples(), told)]
 
 
-def _differing(df: pd.DataFrame, but: Sequence[str]) -> list[list[str]]:
-    """Write, for each row, the fields, except its setting and `but`, in which the rows of its type differ."""
+def _differing(df: pd.DataFrame, but: Sequence[str], among: str | Callable[[int], int]) -> list[list[str]]:
+    """Write, for each row, the fields, except its setting and `but`, in which the rows of its group differ."""
     fields = _told_apart(df, but)
-    values = df.groupby("sae_type")[fields].nunique(dropna=False)
+    values = df.groupby(among)[fields].transform("nunique", dropna=False).to_dict("records")
     return [
-        [
-            _told(field, getattr(sae, field))
-            for field in fields
-            if values.at[sae.sae_type, field] > 1 and field not in unused_by(sae.sae_type)
-        ]
-        for sae in df.itertuples()
+        [_told(f, getattr(sae, f)) for f in fields if several[f] > 1 and f not in unused_by(sae.sae_type)]
+        for sae, several in zip(df.itertuples(), values)
     ]
 
 
@@ -326,6 +329,8 @@ def wrapped(label: str, width: int) -> list[str]:
 def _told(field: str, value: object) -> str:
     is_default = value is None or value != value  # NaN in a column of numbers
     value = ",".join(map(str, value)) if field == "layer" and isinstance(value, tuple) else value
+    if isinstance(value, str) and len(value) > LONGEST:
+        value = f"...{value[-LONGEST:]}"  # where paths and names of sweeps differ
     return f"{field} default" if is_default else FORMATS.get(field, f"{field} {{}}").format(value)
 
 
@@ -404,5 +409,5 @@ def _histograms(
         counts, _ = np.histogram(value, edges)
         panels[sae_type][0].stairs(counts / len(value), edges, **line)
     figure.axes[0].set_xlim(edges[0], edges[-1])
-    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    figure.axes[0].yaxis.set(major_locator=MaxNLocator(5, steps=(1, 2, 5, 10)), major_formatter=_percent)
     return figure

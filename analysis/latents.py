@@ -110,12 +110,15 @@ def find_latents(
 
     density: how often each fires on any text, from `feature_density`. Columns: latent; activation, its largest; token,
     where that is; share, of the text's tokens on which it fires; density; and nats, share * ln(share / density), what
-    the text says of the latent, by which they are ordered. Raises: ValueError when the tokens do not fit the model.
+    the text says of the latent, by which they are ordered. Raises: ValueError when the tokens do not fit the model, or
+    density the SAE.
     """
     tokens = model.to_tokens(text, prepend_bos=True) if isinstance(text, str) else text
     density = torch.as_tensor(density, dtype=torch.float64, device="cpu")
-    found = [(batch[ordinary], acts) for batch, ordinary, acts in _encoded(sae, model, tokens)]
-    ids, acts = (torch.cat(parts).cpu() for parts in zip(*found))
+    one_each = f"density = {list(density.shape)}: give one of each of the {sae.cfg.dict_size} latents"
+    require(density.shape == (sae.cfg.dict_size,), one_each)
+    found = [(batch[ordinary].cpu(), acts.cpu()) for batch, ordinary, acts in _encoded(sae, model, tokens)]
+    ids, acts = (torch.cat(parts) for parts in zip(*found))
     share = (acts > 0).double().mean(dim=0)
     nats = share * (share / density.clamp_min(LEAST_DENSITY)).log()
     nats[share == 0] = -torch.inf

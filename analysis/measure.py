@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.latents import encoder_alignment, matched_cosines, nearest_cosines
-from config import Config, setting
+from config import OF_TEXT, Config, setting
 from evaluation import HeldOut, Tally, averages, tally
 from interop.pretrained import load_pretrained
 from language_model import check_model, load_model
@@ -30,7 +30,6 @@ from text import held_out_windows
 RESAMPLES = 1000
 MATCHED = 8192  # latents: matching takes memory with their square and time with their cube
 ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)  # of an interval
-OF_TEXT = ("model_name", "dataset_path", "dataset_name", "text_column", "seq_len", "dtype")
 COLUMNS = {"l0": ("L0", 1), "explained_variance": ("expl. var.", 3), "ce_recovered": ("CE recovered", 3)}
 
 

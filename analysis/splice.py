@@ -15,6 +15,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -141,7 +142,10 @@ def _beside(
         require(math.isfinite(number), f"{said} give a finite number")
         hook, indices = latent
         require(hook in rows, f"{said} no SAE here reads {hook}; give one of {', '.join(rows)}")
-        for index in indices if isinstance(indices, tuple) else (indices,):
+        indices = indices if isinstance(indices, tuple) else (indices,)
+        numbers = indices and all(isinstance(index, Integral) and not isinstance(index, bool) for index in indices)
+        require(numbers, f"{said} give a latent's number, or a tuple of them")
+        for index in indices:
             require(0 <= index < len(rows[hook]), f"{said} the SAE there has latents 0 to {len(rows[hook]) - 1}")
             rows[hook][index] = number
     return rows

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from timing import floor_step, interleaved, machine, median, print_table, write_json
+from timing import floor_step, interleaved, machine, median, print_table, synchronise, write_json
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this file runs as a script

@@ -14,8 +14,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where a benchmark runs as a script
 
-from runtime.machine import synchronise
-
 
 def floor_step(x: Float[Tensor, "batch act_size"], dict_size: int, product_dtype: torch.dtype) -> Callable[[], None]:
     """Prepare the least that a training step can cost, ready to be run and timed on x.
@@ -35,6 +33,12 @@ def floor_step(x: Float[Tensor, "batch act_size"], dict_size: int, product_dtype
         adam.step()
 
     return run
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what the device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def machine(device: torch.device) -> str:

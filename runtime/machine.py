@@ -1,5 +1,9 @@
 """The machine's devices and their memory."""
 
+import contextlib
+import time
+from collections.abc import Iterator
+
 import psutil
 import torch
 from torch import Tensor
@@ -38,10 +42,34 @@ def _free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available // ranks.local_size()
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for what the device was given to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Clock:
+    """Add up the time that a device spends on something. The host waits for the device only when it is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._seconds = device, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the time of what is done within."""
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
+            start = stream.record_event(torch.cuda.Event(enable_timing=True))
+            yield
+            self._events.append((start, stream.record_event(torch.cuda.Event(enable_timing=True))))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    @property
+    def seconds(self) -> float:
+        """The time that has been counted."""
+        for start, end in self._events:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._seconds
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

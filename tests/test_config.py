@@ -12,19 +12,20 @@ from runtime.checks import checked, choices
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 CHANGED = dict(
-    model_name="gpt2", dataset_path="corpus.txt", dataset_name="sample-10BT", text_column="story", activations="acts", seq_len=64,
-    model_batch_size=16, num_batches_in_buffer=8, dtype="bfloat16", text_seed=1, num_tokens=500_000,
+    model_name="gpt2", dataset_path="corpus.txt", dataset_name="sample-10BT", text_column="story", activations="acts",
+    seq_len=64, model_batch_size=16, num_batches_in_buffer=8, dtype="bfloat16", text_seed=1, num_tokens=500_000,
     batch_size=1024, layer=1, site="mlp_in", target_site="mlp_out", skip=True, act_size=256, target_size=128,
     sae_type="vanilla", dict_size=1024, target_l0=16, l1_coeff=0.1, bandwidth=0.01,
     prefixes=(0.5, 1.0), top_k_aux=128, aux_penalty=0.1, dead_after_tokens=1000, product_dtype="bfloat16", seed=1,
     init_from="user/repo", input_unit_norm=True, lr=1e-3,
     beta1=0.8, beta2=0.99, max_grad_norm=2.0, lr_warmup=0.1, lr_decay=0.1, sparsity_warmup=0.2, device="cuda:1",
-    wandb_project="other", wandb_mode="disabled", wandb_artifacts=True, log_freq=10, perf_log_freq=10, eval_windows=8, checkpoint_freq=10,
+    wandb_project="other", wandb_mode="disabled", wandb_artifacts=True,
+    log_freq=10, perf_log_freq=10, eval_windows=8, checkpoint_freq=10,
     resume_freq=10, share="saes", output_dir="elsewhere",
 )  # fmt: skip
 OUTPUT = {
-    "device", "wandb_project", "wandb_mode", "wandb_artifacts", "log_freq", "perf_log_freq", "eval_windows", "checkpoint_freq",
-    "resume_freq", "share", "output_dir",
+    "device", "wandb_project", "wandb_mode", "wandb_artifacts", "log_freq", "perf_log_freq", "eval_windows",
+    "checkpoint_freq",     "resume_freq", "share", "output_dir",
 }  # fmt: skip
 UNUSED = {
     "vanilla": {"top_k_aux", "aux_penalty", "bandwidth", "prefixes"},

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import zlib
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +36,7 @@ from language_model import check_model, load_model, ordinary_positions, record
 from sae import SAE_TYPES, BaseAutoencoder, build_sae
 from text import held_out_windows
 
+KEPT = 6  # tokens before and after a peak in the lines of the page in the browser, fewer than in its windows
 HOSTILE = "</script><script>window.harmed=1</script><img src=x onerror=window.harmed=1><!--"
 
 
@@ -190,8 +193,8 @@ def test_direct_effects_are_the_formula_with_hugging_face_weights(
 
 
 def read_page(path: Path) -> dict[str, Any]:
-    scripts = re.findall(r'<script type="application/json" id="([^"]+)">(.*?)</script>', path.read_text(), re.DOTALL)
-    return {name: json.loads(text) for name, text in scripts}
+    scripts = re.findall(r'<script type="text/plain" id="([^"]+)">(.*?)</script>', path.read_text())
+    return {name: json.loads(zlib.decompress(b64decode(text))) for name, text in scripts}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +248,7 @@ def test_token_strings_keep_spaces_that_decoding_one_token_drops() -> None:
     ("words", "message"),
     [
         (["--dataset-name", "en"], "dataset_name = 'en': needs its data set; give dataset_path as well"),
+        (["--text-column", "a"], "text_column = 'a': needs its data set; give dataset_path as well"),
         (["--windows", "0"], "windows = 0: give 1 or more"),
         (["--windows", "few"], "argument --windows: invalid int value: 'few'"),
     ],
@@ -287,16 +291,18 @@ def test_command_opens_another_library_s_sae_on_a_text_of_its_own(
 
 @pytest.fixture(scope="module")
 def html(make: Make, model: TransformerBridge, tokens: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write 300 latents; the names of a data set and a token would be code in HTML, another has control characters."""
+    """Write 300 latents; the names of a data set and a token would be code in HTML, another has control characters,
+    and one that is read in the first window has a run of spaces."""
     sae = make(dict_size=300, sae_type="vanilla")
     changed = dict(zip(direct_effects(sae, model, 2)[0][0][0].tolist(), [HOSTILE, " a\n\t\0\u202eb"]))
+    changed[int(tokens[0, 5])] = ";" + 7 * " "
     plain = dashboard.token_strings
     path = tmp_path_factory.mktemp("page") / "page.html"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             dashboard, "token_strings", lambda t, ids: [changed.get(i, s) for i, s in zip(ids, plain(t, ids))]
         )
-        path.write_text(dashboard.page(sae, model, HOSTILE, tokens))
+        path.write_text(dashboard.page(sae, model, HOSTILE, tokens).replace("KEPT = 48", f"KEPT = {KEPT}"))
     return path
 
 
@@ -403,7 +409,14 @@ def test_table(visit: Open, html: Path) -> None:
     assert len(latents_shown(page)) < 60
 
 
-def test_search(visit: Open, html: Path) -> None:
+def found(page: WebDriver) -> list[str]:
+    """Wait until the contexts have been searched too; return what is said of them."""
+    WebDriverWait(page, 10).until(lambda _: not texts(page, "#found")[0].startswith("reading"))
+    return texts(page, "#found")
+
+
+def test_search_of_tokens(visit: Open, html: Path) -> None:
+    """Latents that have it among their tokens come before those that have it in their contexts alone."""
     page, table = visit(), read_page(html)["table"]
     field, strings = page.find_element(By.ID, "search"), table["strings"]
 
@@ -413,18 +426,128 @@ def test_search(visit: Open, html: Path) -> None:
 
     query = next(s for s in (strings[tokens[0]] for tokens in table["top"] if tokens) if len(s.strip()) > 2).strip()
     field.send_keys(query.upper())
-    assert latents_shown(page) == having(query)[: len(latents_shown(page))] and 0 < len(having(query)) < 300
-    assert texts(page, "#found") == [f"{len(having(query))} of 300"]
-    assert all(query.lower() in row.replace("·", " ").lower() for row in texts(page, "#rows .latent"))
+    assert latents_shown(page)[:12] == having(query)[:12] and 12 < len(having(query)) < 300
+    assert found(page)[0].startswith(f"{len(having(query))} by token, then ")
+    assert latents_shown(page)[:12] == having(query)[:12]
+    marked = each(page, "#rows .chip", "[e.textContent.replace('·', ' '), e.classList.contains('found')]")
+    assert all((query.lower() in text.lower()) == mark for text, mark in marked)
     spaced = next(s for s in (strings[i] for i in table["promoted"][3]) if s.startswith(" ") and len(s) > 2)
     field.send_keys(Keys.ESCAPE, "·" + spaced[1:])  # as the page writes it
-    assert latents_shown(page) and set(latents_shown(page)) <= set(having(spaced))
-    for words, expected in [(" #17 ", [17]), ("⇥␀1", []), ("<b>nothing</b>", [])]:
+    assert found(page)[0].startswith(f"{len(having(spaced))} by token, ")
+    assert latents_shown(page)[: min(12, len(having(spaced)))] == having(spaced)[:12]
+    for words, expected in [
+        (" #17 ", [17]),
+        ("#300", []),
+        ("⇥␀1", []),
+        ("·\N{MULTIPLICATION SIGN}0", []),
+        ("<b>(nothing[</b>", []),
+    ]:
         field.send_keys(Keys.ESCAPE, words)
-        assert latents_shown(page) == expected and texts(page, "#found") == [f"{len(expected)} of 300"]
-    assert "<b>nothing</b>" in texts(page, "#rows")[0]
+        said = f"{len(expected)} of 300" if "#" in words else "0 by token, then 0 by context"
+        assert found(page) == [said] and latents_shown(page) == expected
+    assert "<b>(nothing[</b>" in texts(page, "#rows")[0]
     field.send_keys(Keys.ESCAPE, "↵⇥␀")
     assert 0 in latents_shown(page)
+
+
+def test_search_of_contexts(visit: Open, html: Path) -> None:
+    """A text that no token holds whole is found where lines show it, and marked there and in the whole windows."""
+    page, data = visit(), read_page(html)
+    strings, windows = data["table"]["strings"], data["windows"]
+    latents = [latent for name, piece in data.items() if name.startswith("latents") for latent in piece]
+
+    def places(query: str, window: int) -> set[int]:
+        """Find the positions in a window, from 1, of the tokens in which it has the text."""
+        owners = [(c, p) for p, i in enumerate(windows[window]) if p for c in strings[i]]
+        any_run = re.sub(" {2,}", " {2,}", re.escape(query).replace("\\ ", " "))
+        hits = re.finditer(any_run, "".join(c for c, _ in owners), re.IGNORECASE)
+        return {p for hit in hits for _, p in owners[slice(*hit.span())]}
+
+    def lines(query: str, j: int) -> list[list[int]]:
+        shown = ((places(query, w), peak) for w, peak, *_ in latents[j]["contexts"])
+        return [sorted(p for p in at if -KEPT <= p - peak < KEPT) for at, peak in shown]
+
+    pairs = (strings[a][-2:] + strings[b][:3] for a, b in zip(windows[0][1:], windows[0][2:]))
+    queries = ((q, [j for j in range(300) if any(lines(q, j))]) for q in pairs if not any(q in s for s in strings))
+    query, having = next((query, having) for query, having in queries if 0 < len(having) < 100)
+    page.execute_script(
+        "said = []; new MutationObserver(() => said.push(document.getElementById('found').value))"
+        ".observe(document.getElementById('found'), { childList: true })"
+    )
+    page.find_element(By.ID, "search").send_keys(query.upper())
+    assert found(page) == [f"0 by token, then {len(having)} by context"]
+    assert latents_shown(page) == having[: len(latents_shown(page))]
+    assert "reading contexts: 85%" in page.execute_script("return said")  # 256 of 300
+
+    press(page, Keys.ENTER, opened=having[0], focus="detail")
+    of_lines = "[...e.querySelectorAll('.token')].map((token) => token.classList.contains('found'))"
+    flags = each(page, ".context", of_lines)
+    contexts = latents[having[0]]["contexts"]
+    for line, marked, (_, peak, *_) in zip(lines(query, having[0]), flags, contexts, strict=True):
+        assert [max(1, peak - KEPT) + n for n, mark in enumerate(marked) if mark] == line
+    n = next(n for n, line in enumerate(flags) if any(line))
+    if not texts(page, ".whole"):
+        page.execute_script("document.querySelectorAll('.context')[arguments[0]].click()", n)
+    marked = each(page, ".whole .token", "e.classList.contains('found')")
+    assert {p for p, mark in enumerate(marked, 1) if mark} == places(query, contexts[n][0])
+    press(page, "/", Keys.ESCAPE, opened=having[0], focus="search")
+    assert not texts(page, "#detail .found") and texts(page, "#found") == ["300 latents"]
+    press(page, query, opened=having[0], focus="search")
+    assert each(page, ".context", of_lines) == flags
+    first, second, *_, after_run = (strings[i] for i in windows[0][:7])
+    for text in (f";  {after_run}", first[-2:] + second):  # a run as it is shortened; the first token is not shown
+        press(page, Keys.ESCAPE, text, opened=having[0], focus="search")
+        assert found(page) == [f"0 by token, then {sum(any(lines(text, j)) for j in range(300))} by context"]
+
+
+def test_a_context_whose_place_is_out_of_sight_opens(visit: Open, html: Path) -> None:
+    page, data = visit(0), read_page(html)
+    inside = """(() => { const [token, line] = [e, e.parentElement].map((e) => e.getBoundingClientRect());
+        return line.left <= token.left && token.right <= line.right; })()"""
+    query = "".join(data["table"]["strings"][i] for i in data["windows"][0][7:9])
+    ActionChains(page).drag_and_drop_by_offset(page.find_element(By.ID, "divider"), 800, 0).perform()
+    page.find_element(By.ID, "search").send_keys(query)
+    found(page)
+    seen = set()
+    for latent in latents_shown(page)[:12]:
+        page.execute_script(f"location.hash = '#latent-{latent}'")
+        wait_for(page, latent)
+        marks = each(page, ".context .found", inside)
+        assert len(texts(page, ".whole")) == (len(marks) > 0 and not any(marks))
+        seen.add(len(texts(page, ".whole")))
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_list_shows_tokens_whole_and_can_be_widened(visit: Open, width: int) -> None:
+    """Its rows are as high as their tokens need; the one that keys lead to is in sight."""
+    page = visit(3 if width == 1280 else None, width)
+    cut = """(() => { const [chip, cell] = [e, e.parentElement].map((e) => e.getBoundingClientRect());
+        return chip.right > cell.right || chip.bottom > cell.bottom || e.scrollWidth > e.clientWidth; })()"""
+    assert len(texts(page, "td.col-top .chip")) > 50 and not any(each(page, "td.col-top .chip", cut))
+    heights = each(page, "#rows .latent", "e.offsetHeight")
+    assert min(heights) == 36 < max(heights)
+    for key in [Keys.HOME, *"jjjjjjjjjjjjjjjjjjjjjjjjjkkkkk", Keys.END, *"kkkkkkkkkkjjj"]:
+        page.find_element(By.TAG_NAME, "body").send_keys(key)
+        ((top, bottom, low, high),) = each(
+            page,
+            "tr.current",
+            """(() => {
+            const row = e.getBoundingClientRect(), list = document.getElementById("scroll").getBoundingClientRect();
+            return [row.top, row.bottom, list.top + 32, list.bottom]; })()""",
+        )
+        assert low <= top + 1 and bottom <= high + 1
+    for _ in range(10):  # upwards, to rows whose heights were only guessed
+        ((row, before),) = each(page, "tr.current", "[e.querySelector('a').hash, e.getBoundingClientRect().top]")
+        page.execute_script("document.getElementById('scroll').scrollTop -= 50")
+        page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+        ((same, after),) = each(page, "tr.current", "[e.querySelector('a').hash, e.getBoundingClientRect().top]")
+        assert same == row and after == pytest.approx(before + 50, abs=2)
+    if width == 1280:
+        before = each(page, "#list", "e.offsetWidth")[0]
+        ActionChains(page).drag_and_drop_by_offset(page.find_element(By.ID, "divider"), 200, 0).perform()
+        assert each(page, "#list", "e.offsetWidth")[0] == pytest.approx(before + 200, abs=8)
+        assert sum(each(page, "#rows .latent", "e.offsetHeight > 36")) < sum(height > 36 for height in heights)
 
 
 def test_every_number_of_a_latent_is_that_of_the_data(visit: Open, html: Path) -> None:
@@ -440,8 +563,10 @@ def test_every_number_of_a_latent_is_that_of_the_data(visit: Open, html: Path) -
     assert number(mean) == pytest.approx(table["means"][j], rel=0.006) != pytest.approx(maximum, rel=0.1)
     bars = each(page, ".histogram rect:not(.hit)", "e.getBBox().height > 0")
     assert bars == [count > 0 for count in latent["histogram"]]
-    (up, raised), (_, lowered) = latent["effects"]
-    assert len(raised) == 10 and raised[0] > 0 > lowered[0] and table["promoted"][j] == up  # all of them are searched
+    raised, suppressed, lowered = latent["effects"]
+    assert len(raised) == 10 and raised[0] > 0 > lowered[0]
+    for name, expected in (("up", table["promoted"][j]), ("down", suppressed)):
+        assert each(page, f".{name} .token", "Number(e.dataset.token)") == expected
     nearest, cosines = latent["nearest"]
     assert texts(page, ".nearest b") == [str(j) for j in nearest] and len(nearest) == 10 and cosines[0] > cosines[-1]
     for name, expected in (("up", raised), ("down", lowered), ("nearest", cosines)):

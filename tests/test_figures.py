@@ -143,7 +143,7 @@ def test_every_line_has_an_entry_of_its_own() -> None:
     assert [looks(entry) for entry in entries] == [looks(line) for line in lines]
     assert len({*map(looks, lines)}) == 5
     assert [entry.get_label() for entry in entries] == [
-        "Vanilla",
+        "Vanilla, layer 1, dict 512, lr 0.1",
         "TopK, layer 1, dict 512, lr 0.1",
         "TopK, layer 1, dict 2048, lr 0.1",
         "TopK, layer 1, dict 12288, lr 0.1",
@@ -263,6 +263,7 @@ def test_legend_lies_on_the_figure_and_off_the_panels(widths: tuple[int, ...]) -
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
     assert not any(legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    assert all(axes.get_window_extent().height > 2 * figure.dpi for axes in figure.axes)
     assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1 and figure.bbox.y0 <= legend.y0
 
 

@@ -79,6 +79,8 @@ def test_find_latents_ranks_what_fires_here_against_what_fires_anywhere(
         assert_close(row.activation, float(strongest), rtol=1e-5, atol=1e-5)
         assert row.token == model.to_string(ids[place : place + 1])
     assert find_latents(sae, model, tokens[:1], density.numpy(), count=3).shape == (3, 6)
+    with pytest.raises(ValueError, match=re.escape("density = [63]: give one of each of the 64 latents")):
+        find_latents(sae, model, text, density[1:])
 
 
 def test_match_finds_the_nearest_of_another_dictionary(sae: BaseAutoencoder) -> None:

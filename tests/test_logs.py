@@ -116,13 +116,14 @@ def test_wandb_offline_is_one_run_per_sae_grouped_by_sweep_without_a_network(
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_checkpoints_are_artifacts_of_their_runs_where_asked_for(
-    tmp_path: Path, visitors: socket.socket, asked: bool
+    tmp_path: Path, visitors: socket.socket, capfd: pytest.CaptureFixture[str], asked: bool
 ) -> None:
     cfgs = two_configs(wandb_artifacts=asked)
     log = RunLog(tmp_path / "sweep-7", cfgs)
     log.checkpoint(build_sae(cfgs[1]), 4)
     log.close()
     wandb.teardown()
+    assert capfd.readouterr().out == ""
     found = {}
     for file in (tmp_path / "sweep-7" / "wandb").glob("offline-run-*/*.wandb"):
         said = list(records(file))
@@ -139,6 +140,21 @@ def test_checkpoints_are_artifacts_of_their_runs_where_asked_for(
         assert files == {path.name: str(path) for path in folder.iterdir()} and len(files) == 3
     else:
         assert not found[cfgs[1].name]
+
+
+def test_an_artifact_that_cannot_be_made_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise OSError("no room")
+
+    cfgs = two_configs(wandb_artifacts=True)
+    log = RunLog(tmp_path / "sweep", cfgs)
+    monkeypatch.setattr(wandb, "Artifact", fails)
+    log.checkpoint(build_sae(cfgs[0]), 4)
+    log.close()
+    assert "W&B failed at step 4 (OSError: no room)" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "sweep" / cfgs[0].name / "step-000004").cfg == cfgs[0]
 
 
 # ---- going on after an interruption ----

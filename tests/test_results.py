@@ -228,17 +228,18 @@ def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wandb_s_latest_checkpoints_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def artifact(step: int, kind: str = "model") -> SimpleNamespace:
+    def artifact(step: int) -> SimpleNamespace:
         def download(root: str) -> str:
             sae.cfg = replace(sae.cfg, seed=step)
             save_checkpoint(sae, root)
             return root
 
         inspect.signature(wandb.Artifact.download).bind(None, root="")
-        return SimpleNamespace(type=kind, metadata={"step": step}, download=download)
+        return SimpleNamespace(type="model", metadata={"step": step}, download=download)
 
     sae = build_sae(Config(sae_type="topk", act_size=4, dict_size=8, target_l0=2, device="cpu"))
-    saved = [artifact(20), artifact(140), artifact(7), artifact(999, "wandb-history")]
+    other = SimpleNamespace(type="model", metadata={})
+    saved = [artifact(20), other, artifact(140), artifact(7)]
     run = SimpleNamespace(group="a", name="one", config=sae.cfg.to_dict(), summary_metrics=evaluation(2.0))
     other = SimpleNamespace(**vars(run) | {"name": "other", "logged_artifacts": list})
     run.logged_artifacts = lambda: saved

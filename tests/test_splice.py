@@ -341,6 +341,7 @@ def test_latents_that_cannot_be_edited(make: Callable, model: TransformerBridge,
         ((Z, 0), 1.0, f"no SAE here reads {Z}; give one of {PRE}"),
         ((PRE, 64), 1.0, "the SAE there has latents 0 to 63"),
         ((PRE, -1), 1.0, "the SAE there has latents 0 to 63"),
+        *(((PRE, odd), 0.0, "give a latent's number, or a tuple of them") for odd in (1.5, "3", True, ())),
         ((PRE, 17), float("nan"), "give a finite number"),
         (17, 0.0, "give latents as (hook, number), such as ('blocks.2.hook_mlp_out', 17)"),
     ]:
