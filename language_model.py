@@ -25,7 +25,7 @@ from runtime.checks import explained, near, require
 Model = Any  # TransformerLens' TransformerBridge; importing it takes ten seconds
 NOWHERE = "found neither in a folder nor on the Hub"
 ASKED_SECONDS = 5  # that the Hub has to say whether it holds a model
-TRIED_TOKENS = 7  # unlike the number of heads
+TRIED_TOKENS = 7  # of a window, unlike the number of heads
 TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
 
 
@@ -106,13 +106,13 @@ def _kept(found: list[Tensor], acts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_hooks(model: Model, cfg: Config) -> Config:
-    """Try each hook that cfg reads or writes on a few tokens, and fill in the widths they have.
+    """Try each hook that cfg reads or writes on two short windows, and fill in the widths they have.
 
     A hook must fire, and the model must predict the same when it is replaced by itself, and something else when it is
     replaced by zeros: TransformerLens has some that do neither (its issues 1527 and 1673).
     Raises ValueError when a hook is missing, is no vector for each token, or is not what it seems.
     """
-    tokens, widths = torch.arange(TRIED_TOKENS, device=model.cfg.device)[None], {}
+    tokens, widths = torch.arange(2 * TRIED_TOKENS, device=model.cfg.device).view(2, -1), {}
     logits = model(tokens, return_type="logits")
     for hook in dict.fromkeys((*cfg.reads, *cfg.writes)):
         field = "target_site" if cfg.target_site and hook in cfg.writes else "site"
@@ -127,7 +127,7 @@ def check_hooks(model: Model, cfg: Config) -> Config:
         require(hook in model.hook_dict, missing)
         found: list[Tensor] = []
         keep = partial(_kept, found)
-        with explained(f"{said}: {hook} cannot be used", ValueError, RuntimeError, remedy="give another"):
+        with explained(f"{said}: {hook} cannot be used", ValueError, RuntimeError, IndexError, remedy="give another"):
             with replacing(model, {hook: keep}):
                 same = model(tokens, return_type="logits")
             with replacing(model, {hook: torch.zeros_like}):

@@ -35,9 +35,11 @@ def save_neuronpedia(
     model: the language model of sae.cfg, loaded when not given. windows: how many context windows of its held-out text
     to read. Shares are of all positions, BOS among them, as SAEDashboard's are. Logits are those that a latent at 1
     adds where the residual stream has root mean square 1.
-    Raises: ValueError when the SAE reads several layers or the text cannot be read; OSError when the folder is there.
+    Raises: ValueError when windows is below 1, the SAE reads several layers, or the text cannot be read; OSError when
+    the folder is there.
     """
     cfg = sae.cfg
+    require(windows >= 1, f"windows = {windows}: give 1 or more")
     require(len(cfg.layers) == 1, f"{cfg.name}: reads {len(cfg.layers)} layers; Neuronpedia shows dictionaries of one")
     require(not Path(folder).exists(), f"{folder}: is there already; give a new folder", OSError)
     model = load_model(check_model(cfg)) if model is None else model
@@ -57,7 +59,7 @@ def save_neuronpedia(
 
 @torch.no_grad()
 def _features(sae: BaseAutoencoder, model: Model, tokens: Tensor) -> Callable[[int], dict[str, Any]]:
-    """Find what the latents do; return the function that tells it of one."""
+    """Measure all latents; return a function that gives the fields of the latent with a given index."""
     cfg, F, found = sae.cfg, sae.cfg.dict_size, dashboard.latent_statistics(sae, model, tokens)
     peaks, shown, positions = found.peaks, found.shown, tokens.numel()
     nothing = torch.empty(F, 0, dtype=torch.int64), torch.empty(F, 0)

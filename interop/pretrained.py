@@ -65,10 +65,13 @@ GEMMA_HOOKS = {  # read, and written where it is another
     "res": ["hook_resid_post"], "mlp": ["hook_mlp_out"], "att": ["attn.hook_z"],
     "transcoders": ["ln2.hook_normalized", "hook_mlp_out"],  # without the gain (arXiv:2408.05147, page 18)
 }  # fmt: skip
-MODULES = {  # what leaves or enters a module of a block of Hugging Face -> site
-    ".output": "resid_post", ".mlp.output": "mlp_out", ".attn.output": "attn_out", ".self_attn.output": "attn_out",
-    ".attention.output": "attn_out", ".self_attn.o_proj.input": "z", ".pre_feedforward_layernorm.output": "mlp_in",
-    ".post_feedforward_layernorm.output": "mlp_out",
+# What leaves or enters a module of a block of Hugging Face -> hook. Where a norm follows a module, as in Gemma,
+# hook_mlp_out and hook_attn_out are what leaves the norm.
+MODULES = {
+    ".output": "hook_resid_post", ".mlp.output": "mlp.hook_out", ".attn.output": "attn.hook_out",
+    ".self_attn.output": "attn.hook_out", ".attention.output": "attn.hook_out",
+    ".self_attn.o_proj.input": "attn.hook_z", ".pre_feedforward_layernorm.output": "ln2.hook_out",
+    ".post_feedforward_layernorm.output": "hook_mlp_out",
 }  # fmt: skip
 Tensors = dict[str, Tensor]
 ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.+-]+(/[\w.+-]+)*))?")
@@ -88,9 +91,9 @@ def load_pretrained(
 
     source: a folder in one of the formats above, "user/repo", or "user/repo:folder/in/it"; of Qwen-Scope, the file.
     model_name, hook_name (such as "blocks.8.hook_resid_pre"): where the files do not say, or say it wrongly.
-    Our own checkpoints come back as from `load_checkpoint`, but those without counters, or that SAELens saved again, as
-    SAELens'. For the others, Config has what their files say: the model, the hooks, the sizes, k; what concerns
-    training is our defaults, but that an l1_coeff of 0 stands for a penalty that they do not tell. Raises ValueError,
+    Our own checkpoints come back as `load_checkpoint` gives them; one without counters, or saved again by SAELens, is
+    read as a checkpoint of SAELens. For all others, Config has what the files say (the model, the hooks, the sizes, k)
+    and our defaults for training; l1_coeff is 0 for types with a penalty, whose weight is not read. Raises ValueError,
     one line, when there is no SAE, it cannot be represented here, or its files are damaged. No code in them is run.
     """
     folder = Path(source) if Path(source).exists() else _download(str(source))
@@ -126,7 +129,8 @@ def load_pretrained(
         elsewhere = f"{source}: reads layer {fields['layer']} and writes {target}; one layer alone is opened here"
         require(written["layer"] == fields["layer"], elsewhere)
         fields |= {"target_site": written["site"], "target_size": tensors["W_dec"].shape[1]}
-    unused = unused_by(sae_type) | ({"target_l0"} if "l1_coeff" in TYPES[sae_type].fields else set())
+    untold = TYPES[sae_type].penalty and fields.get("target_l0") is None
+    unused = unused_by(sae_type) | ({"target_l0"} if untold else set())
     fields = {field: value for field, value in fields.items() if field not in unused} | {"sae_type": sae_type}
     fields["act_size"], fields["dict_size"] = tensors["W_enc"].shape
     with explained(f"{source}: cannot be opened here", ValueError):
@@ -205,9 +209,10 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], Tensors]:
     details, trained = metadata.get("training_architecture_details"), str(metadata.get("training_architecture"))
     details, trained = details if isinstance(details, dict) else {}, SAE_LENS_TYPES.get(trained, trained)
     threshold = found.get("threshold", torch.empty(0)).flatten()
-    of_batches = sae_type == "jumprelu" and trained in ("batchtopk", "matryoshka") and "k" in details
-    if of_batches and (threshold == threshold[:1]).all():  # else norms were folded, and it is a JumpReLU's
-        sae_type, k, found["threshold"] = trained, details["k"], threshold[:1].squeeze()
+    k, of_batches = details.get("k", k), trained in ("batchtopk", "matryoshka") and "k" in details
+    one = torch.allclose(threshold.float(), threshold[:1].float(), rtol=UNIT_ROUNDING, atol=0)
+    if sae_type == "jumprelu" and of_batches and one:  # else norms were folded, and it is a JumpReLU's
+        sae_type, found["threshold"] = trained, threshold[:1].squeeze()
     d_out = cfg.get("d_out") if is_transcoder else None
     tensors = _checked(weights, found, sae_type, sizes, d_out, skip)
     scale, whitening = 1.0, {}
@@ -241,27 +246,36 @@ def _from_sae_lens(folder: Path) -> tuple[dict[str, Any], Tensors]:
 def _from_gemma_scope(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """Read what Gemma Scope holds (arXiv:2408.05147). The names of its repository and folders say model and hooks."""
     file, path, fields = folder / NPZ, f"{folder.absolute()}/", {"sae_type": "jumprelu"}
-    place = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)\b.*/layer_(\d+)/", path)
-    known = place or not re.search(r"/[^/ ]*transcoders?/", path)
-    require(known, f"{file}: a transcoder; name its folders as they are in google/gemma-scope-2b-pt-transcoders")
+    place = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)\b.*/(?:layer_(\d+)|embedding)/", path)
+    known = place or not re.search(r"/([^/ ]*transcoders?|embedding)/", path)
+    unnamed = (
+        f"{file}: a transcoder, or of embeddings; name its folders as in google/gemma-scope-2b-pt-transcoders or -res"
+    )
+    require(known, unnamed)
     if place:
         size, tuned, kind, layer = place.groups()
         fields["model_name"] = f"google/gemma-2-{size}{'-it' * (tuned == 'it')}"
-        fields |= zip(("hook_name", "target"), (f"blocks.{layer}.{hook}" for hook in GEMMA_HOOKS[kind]))
-    return fields, _folded(_checked(file, _read_tensors(file), "jumprelu"), subtracted="target" in fields)
+        hooks = [f"blocks.{layer}.{hook}" for hook in GEMMA_HOOKS[kind]] if layer else ["hook_embed"]
+        fields |= zip(("hook_name", "target"), hooks)
+    tensors = _checked(file, _read_tensors(file), "jumprelu")
+    # It reads embeddings before Gemma multiplies them by sqrt(D), which hook_embed comes after.
+    scale = len(tensors["W_enc"]) ** -0.5 if fields.get("hook_name") == "hook_embed" else 1.0
+    return fields, _folded(tensors, scale, subtracted="target" in fields)
 
 
 def _from_gemma_scope_2(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """Read what Gemma Scope 2 holds, of models of Gemma 3."""
     file, found = folder / AE_CONFIG, _read_tensors(folder / PARAMS)
-    cfg, skip = read_json(file), "affine_skip_connection" in found
+    cfg = read_json(file)
+    skip, kind = cfg.get("affine_connection", "affine_skip_connection" in found), cfg.get("type", "sae")
     _check(file, "architecture", cfg.get("architecture"), ("jump_relu",))
-    _check(file, "type", cfg.get("type", "sae"), ("sae", "transcoder"))
+    _check(file, "affine_connection", skip, (True, False))
+    _check(file, "type", kind, ("sae", "transcoder"))
     read, written = cfg.get("hf_hook_point_in"), cfg.get("hf_hook_point_out")
     model = str(cfg.get("model_name", "")).removeprefix("google/").replace("-v3-", "-3-").replace("270m-pt", "270m")
     fields = {"sae_type": "jumprelu", "model_name": model and f"google/{model}", "skip": skip}
     fields["hook_name"] = _hook_of(read)
-    fields |= {} if written in (None, read) else {"target": _hook_of(written)}
+    fields |= {"target": _hook_of(written)} if kind == "transcoder" or written not in (None, read) else {}
     return fields, _folded(_checked(folder / PARAMS, found, "jumprelu", skip=skip), subtracted="target" in fields)
 
 
@@ -316,8 +330,9 @@ def _from_dictionary_learning(folder: Path) -> tuple[dict[str, Any], Tensors]:
     tensors = _checked(weights, found, sae_type, sizes)
     fields = {"sae_type": sae_type, "model_name": trainer.get("lm_name"), "target_l0": trainer.get("k")}
     site, _, _ = str(trainer.get("submodule_name") or "resid_post").partition("_layer_")
-    if site in SITES:
-        fields["hook_name"] = f"blocks.{trainer.get('layer')}.{SITES[site]}"
+    sites = SITES | {"mlp_out": "mlp.hook_out", "attn_out": "attn.hook_out"}  # modules' outputs
+    if site in sites:
+        fields["hook_name"] = f"blocks.{trainer.get('layer')}.{sites[site]}"
     in_norms, subtracted = dict_class == "AutoEncoder", dict_class != "JumpReluAutoEncoder"
     return fields, _folded(tensors, 1.0, in_norms, subtracted)
 
@@ -372,7 +387,7 @@ def _folded(
 def _hook_of(module: object) -> str | None:
     """Name a place such as "model.layers.5.mlp.output" as TransformerLens does; None where it is no site."""
     place = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.[\w.]+)", str(module))
-    return f"blocks.{place[1]}.{SITES[MODULES[place[2]]]}" if place and place[2] in MODULES else None
+    return f"blocks.{place[1]}.{MODULES[place[2]]}" if place and place[2] in MODULES else None
 
 
 def _layer_and_site(hook_name: str) -> dict[str, Any]:

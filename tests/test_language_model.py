@@ -347,6 +347,7 @@ def test_a_target_that_comes_first_is_refused(model: TransformerBridge, tiny_gpt
     ("attn.hook_attn_scores", "has no vector for each token at"), ("attn.hook_pattern", "has no vector for each tok"),
     ("attn.qkv.hook_out", "has no vector for each token at"), ("hook_attn_in", "cannot be used .*set_use_attn_in"),
     ("mlp.hook_pots", "has no such hook; did you mean mlp.hook_post[?]"),
+    ("embed.hook_in", "cannot be used .*; give another$"), ("pos_embed.hook_in", "cannot be used .*; give another$"),
 ])  # fmt: skip
 def test_a_hook_that_is_not_what_it_seems_is_refused(
     model: TransformerBridge, tiny_gpt2: Path, site: str, why: str
@@ -356,6 +357,16 @@ def test_a_hook_that_is_not_what_it_seems_is_refused(
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=f"^target_site = '{site}': "):
         check_hooks(model, Config(model_name=str(tiny_gpt2), layer=1, target_site=site, device="cpu"))
+
+
+def test_a_hook_that_is_the_same_for_all_windows_is_refused(tmp_path: Path, word_tokenizer: Callable) -> None:
+    FAMILIES["llama"]().save_pretrained(tmp_path)
+    word_tokenizer(bos_token="<bos>", eos_token="<eos>").save_pretrained(tmp_path)
+    cfg = Config(model_name=str(tmp_path), layer=1, site="attn.hook_cos", device="cpu")
+    with pytest.raises(
+        ValueError, match=r"^site = 'attn\.hook_cos': .* has no vector for each token at .*give another$"
+    ):
+        check_hooks(load_model(cfg), cfg)
 
 
 def test_a_hook_that_changes_nothing_is_refused(

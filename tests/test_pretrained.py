@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from analysis.splice import splice
 from checkpoint import load_checkpoint, save_checkpoint
 from config import TYPES, Config
 from evaluation import HeldOut, evaluate
 from interop.pretrained import load_pretrained, new_sae
-from language_model import check_hooks, load_model
+from language_model import check_hooks, load_model, record
 from sae import BaseAutoencoder, build_sae
 from training import Trainer
 
@@ -157,8 +158,8 @@ QWEN = f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}"
         (write_npz, {}, f"{GEMMA}-9b-it-mlp/layer_9/l0_1", "google/gemma-2-9b-it", "blocks.9.hook_mlp_out", jumps),
         (write_npz, {}, f"{GEMMA}-2b-pt-att/layer_3/l0_5", "google/gemma-2-2b", "blocks.3.attn.hook_z", jumps),
         (write_ae, {}, "sae", "gpt2", "blocks.2.hook_resid_post", largest),
-        (write_ae, {"submodule_name": "mlp_out_layer_2"} | JUMPRELU, "sae", "gpt2", "blocks.2.hook_mlp_out", jumps),
-        (write_sparsify, {}, "gpt_neox.layers.7.attention", "someone/model", "blocks.7.hook_attn_out", largest),
+        (write_ae, {"submodule_name": "mlp_out_layer_2"} | JUMPRELU, "sae", "gpt2", "blocks.2.mlp.hook_out", jumps),
+        (write_sparsify, {}, "gpt_neox.layers.7.attention", "someone/model", "blocks.7.attn.hook_out", largest),
         (write_gemma_3, {}, "sae", "google/gemma-3-270m", "blocks.9.hook_resid_post", jumps),
         (write_gemma_3, OF_HEADS, "sae", "google/gemma-3-4b-it", "blocks.9.attn.hook_z", jumps),
         (write_qwen, {}, QWEN, "Qwen/Qwen3-1.7B-Base", "blocks.7.hook_resid_post", largest_as_it_is),
@@ -268,18 +269,19 @@ def test_ours_without_counters(tmp_path: Path, sae_type: str, resaved: bool) -> 
     assert (again.cfg.hook_name, again.cfg.model_name) == (sae.cfg.hook_name, "gpt2")
     if sae_type == "matryoshka":
         assert again.cfg.prefixes == (0.25, 0.5, 1.0)
-    if not TYPES[sae_type].penalty:
-        assert again.cfg.target_l0 == K
+    assert again.cfg.target_l0 == K
     assert not again.tokens_since_fired.any() and again.input_scale < 0  # which training measures
     if sae_type == "batchtopk":
         without_k = cfg["metadata"] | {"training_architecture_details": None}  # as files of ours once were
         (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"metadata": without_k}))
         assert load_pretrained(tmp_path).cfg.sae_type == "jumprelu"
         (tmp_path / "cfg.json").write_text(json.dumps(cfg))
-        # once norms are folded, each latent has a threshold of its own
         tensors = load_file(tmp_path / "sae_weights.safetensors")
-        save_file(tensors | {"threshold": torch.rand(F)}, tmp_path / "sae_weights.safetensors")
-        assert load_pretrained(tmp_path).cfg.sae_type == "jumprelu"
+        # once norms are folded, each latent has a threshold of its own, which differs in the last bit where they were 1
+        for norms, opened in ((1 + 1e-6 * torch.rand(F), "batchtopk"), (torch.rand(F), "jumprelu")):
+            thresholds = {"threshold": tensors["threshold"] * norms}
+            save_file(tensors | thresholds, tmp_path / "sae_weights.safetensors")
+            assert load_pretrained(tmp_path).cfg.sae_type == opened
 
 
 HOOKS = ["hook_embed", "blocks.3.hook_mlp_in", "blocks.3.ln2.hook_normalized", "blocks.3.mlp.hook_post"]
@@ -343,6 +345,34 @@ def test_sae_lens_scaled_inputs(tmp_path: Path, params: Tensors) -> None:
     assert_computes(sae, lambda x, _: jumps(1.5 * x, params), scaled)
 
 
+def test_embeddings_of_gemma_scope(tmp_path: Path, params: Tensors) -> None:
+    """It is of x / sqrt(D), where x is what enters the first block."""
+    (folder := tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k" / "average_l0_6").mkdir(parents=True)
+    write_npz(folder, params)
+    sae = load_pretrained(folder)
+    assert (sae.cfg.model_name, sae.cfg.hook_name) == ("google/gemma-2-2b", "hook_embed")
+    scaled = params | {name: params[name] * D**0.5 for name in ("W_dec", "b_dec")}
+    assert_computes(sae, lambda x, _: jumps(x / D**0.5, params), scaled)
+
+
+@pytest.mark.parametrize("module", ["mlp", "self_attn"])
+def test_the_output_of_a_module_is_before_a_norm_that_follows(
+    tmp_path: Path, params: Tensors, word_tokenizer: Callable, module: str
+) -> None:
+    """As sparsify's hook on the module gets it, in a model with such norms."""
+    sizes = dict(vocab_size=200, hidden_size=D, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    made = Gemma2ForCausalLM(Gemma2Config(**sizes, num_key_value_heads=1, head_dim=8)).eval()
+    made.save_pretrained(tmp_path)
+    word_tokenizer(bos_token="<bos>", eos_token="<eos>").save_pretrained(tmp_path)
+    (folder := tmp_path / f"layers.1.{module}").mkdir()
+    write_sparsify(folder, params)
+    sae, tokens, seen = load_pretrained(folder, model_name=str(tmp_path)), torch.arange(4, 24).view(2, 10), []
+    made.model.layers[1].get_submodule(module).register_forward_hook(lambda *call: seen.append(call[2]))
+    made(tokens)
+    expected = seen[0] if module == "mlp" else seen[0][0]
+    assert_close(record(load_model(sae.cfg), tokens, sae.cfg.reads)[sae.cfg.hook_name], expected.detach())
+
+
 def test_processed_models_are_warned_of(tmp_path: Path, params: Tensors) -> None:
     metadata = METADATA | {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
     write_sae_lens(tmp_path, params, metadata=metadata)
@@ -400,6 +430,9 @@ def assert_refused(folder: Path, says: str) -> None:
         (write_ae, {"dict_class": "CrossCoder"}, "dict_class = 'CrossCoder': .*can be 'AutoEncoder'"),
         (write_gemma_3, {"architecture": "relu"}, "architecture = 'relu'"),
         (write_gemma_3, {"type": "crosscoder"}, "type = 'crosscoder'"),
+        (write_gemma_3, {"type": "transcoder"}, "does not say hook_name_out"),
+        (write_gemma_3, {"affine_connection": True}, "holds .*; a jumprelu SAE has .*W_skip"),
+        (write_gemma_3, {"affine_connection": "yes"}, "affine_connection = 'yes'"),
         (write_gemma_3, {"hf_hook_point_in": ["a", "b"]}, "does not say its hook_name"),
         (write_gemma_3, {"hf_hook_point_out": "model.layers.9.x"}, "does not say hook_name_out"),
         (write_llama, {"act_fn": "topk"}, "act_fn = 'topk'"),
@@ -429,9 +462,10 @@ def test_what_cannot_be_folded_is_refused(
 
 
 def test_folders_without_an_sae(tmp_path: Path, params: Tensors) -> None:
-    (folder := tmp_path / "transcoders" / "layer_3").mkdir(parents=True)
-    write_npz(folder, params)
-    assert_refused(folder, "a transcoder; name its folders as")
+    for unnamed in ("transcoders/layer_3", "embedding/width_4k"):
+        (folder := tmp_path / unnamed).mkdir(parents=True)
+        write_npz(folder, params)
+        assert_refused(folder, "a transcoder, or of embeddings; name its folders as")
     assert_refused(tmp_path, "holds no SAE")
     (tmp_path / "cfg.json").write_text("{}")
     assert_refused(tmp_path, "holds no SAE")

@@ -134,5 +134,8 @@ def test_files_of_128_latents_in_a_new_folder(tiny_gpt2: Path, tiny_text: Path, 
     assert dead["activations"] == dead["freq_hist_data_bar_heights"] == [] and dead["frac_nonzero"] == 0
     with pytest.raises(OSError, match="out: is there already; give a new folder"):
         save_neuronpedia(sae, tmp_path / "out", windows=4)
+    for windows in (0, -1):
+        with pytest.raises(ValueError, match=f"^windows = {windows}: give 1 or more$"):
+            save_neuronpedia(sae, tmp_path / "none", windows=windows)
     with pytest.raises(ValueError, match="reads 2 layers; Neuronpedia shows dictionaries of one"):
         save_neuronpedia(make("vanilla", False, layer=(0, 1), **fields), tmp_path / "other", windows=4)

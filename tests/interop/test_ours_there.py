@@ -80,9 +80,12 @@ def test_load_from_disk(tmp_path: Path, sae_type: str, norm: bool, shape: tuple[
     assert_same(sae, theirs, x)
     theirs.save_model(tmp_path / "again")
     back = load_pretrained(tmp_path / "again")
-    assert (back.cfg.sae_type, back.cfg.prefixes) == (sae_type, sae.cfg.prefixes)
+    assert (back.cfg.sae_type, back.cfg.prefixes, back.cfg.target_l0) == (sae_type, sae.cfg.prefixes, 8)
     assert_same(back, theirs, x)
     theirs.fold_W_dec_norm()  # which SAELens refuses where it might change a TopK's choice
+    theirs.save_model(tmp_path / "folded")
+    back = load_pretrained(tmp_path / "folded")
+    assert (back.cfg.sae_type, back.cfg.prefixes, back.cfg.target_l0) == (sae_type, sae.cfg.prefixes, 8)
     torch.testing.assert_close(sae.encode(x), theirs.encode(x), rtol=1e-5, atol=1e-6)
 
 

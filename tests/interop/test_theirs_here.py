@@ -191,6 +191,7 @@ def test_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: str, fold
         )
         said |= {"hf_hook_point_in": module + hooks[0], "hf_hook_point_out": module + (hooks[1] or hooks[0])}
         said |= {"model_name": repo.split("/")[1].replace("scope-2", "v3"), "affine_connection": "affine" in folder}
+        said["type"] = "transcoder" if hooks[1] else "sae"
         skip = {"affine_skip_connection": torch.randn(D, D)} if "affine" in folder else {}
         small = {"w_enc": params.pop("W_enc"), "w_dec": params.pop("W_dec")}
         files[f"{folder}/config.json"] = json.dumps(said).encode()
@@ -237,14 +238,17 @@ def test_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: str, fold
     assert ours.cfg.model_name.removeprefix("google/") == theirs.cfg.metadata.model_name.removeprefix("google/")
 
 
-def test_gemma_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("folder", ["layer_20/width_16k/average_l0_71", "embedding/width_4k/average_l0_6"])
+def test_gemma_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     D = 2304  # of Gemma 2 2B; SAELens checks the width by the folder's name
     params = {
         "W_enc": torch.randn(D, 64) / 48, "b_enc": torch.randn(64) / 4, "W_dec": torch.randn(64, D) / 48,
         "b_dec": torch.randn(D) / 4, "threshold": torch.rand(64) - 0.2,
     }  # fmt: skip
+    if folder.startswith("embedding"):
+        params["b_dec"].zero_()  # it alone stays in the unit of the embeddings in SAELens
     np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in params.items()})
-    repo, folder = "google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71"
+    repo = "google/gemma-scope-2b-pt-res"
     with standing_in(monkeypatch, tmp_path / "cache") as hub:
         hub.repos[repo] = {f"{folder}/params.npz": (tmp_path / "params.npz").read_bytes()}
         cfg, weights, _ = loaders.gemma_2_sae_huggingface_loader(repo, folder, "cpu", False, {"d_sae": 64})
@@ -295,7 +299,7 @@ def test_dictionary_learning(tmp_path: Path, sae_type: str, theirs: object, nega
 # ---- sparsify ----
 
 
-@pytest.mark.parametrize("hookpoint, site", [("layers.5", "resid_post"), ("h.5.mlp", "mlp_out")])
+@pytest.mark.parametrize("hookpoint, site", [("layers.5", "resid_post"), ("h.5.mlp", "mlp.hook_out")])
 @pytest.mark.parametrize("sizes", [{"num_latents": F}, {"expansion_factor": F // D}])
 def test_sparsify(tmp_path: Path, sizes: dict[str, int], hookpoint: str, site: str) -> None:
     theirs = shaken(SparseCoder(D, SparseCoderConfig(k=K, **sizes)))
