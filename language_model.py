@@ -46,6 +46,14 @@ def is_on_disk(model_name: str) -> bool:
         return os.path.isdir(source) or isinstance(try_to_load_from_cache(source, "config.json"), str)
 
 
+def _find(model_name: str) -> None:
+    """Ask the Hub for a model that this disk lacks, once: the libraries would try for half a minute."""
+    if not is_on_disk(model_name):
+        problem = f"model_name = {model_name!r}: {NOWHERE}"
+        with explained(problem, Exception, remedy="give another", raised=OSError):
+            HfApi().model_info(model_source(model_name), timeout=ASKED_SECONDS)
+
+
 def check_model(cfg: Config) -> Config:
     """Compare cfg with the model's configuration before its weights are loaded; fill in the widths of named sites.
 
@@ -54,9 +62,7 @@ def check_model(cfg: Config) -> Config:
     set_verbosity_error()  # retries are a line each
     disable_progress_bar()
     source, said = model_source(cfg.model_name), f"model_name = {cfg.model_name!r}:"
-    if not is_on_disk(cfg.model_name):
-        with explained(f"{said} {NOWHERE}", Exception, remedy="give another", raised=OSError):
-            HfApi().model_info(source, timeout=ASKED_SECONDS)  # AutoConfig would try for half a minute
+    _find(cfg.model_name)
     wrong = (OSError, ValueError, StrictDataclassError)
     with explained(f"{said} has no good config.json", *wrong, remedy="give another", raised=OSError):
         hf = AutoConfig.from_pretrained(source).get_text_config()
@@ -87,8 +93,9 @@ def _with_widths(cfg: Config, act_size: int | None, target_size: int | None) -> 
 def load_model(cfg: Config) -> Model:
     """Load the language model of cfg: raw weights, in its dtype, on its device, ready for inference only.
 
-    Raises: ValueError when it cannot be loaded.
+    Raises: ValueError when it cannot be loaded, OSError when there is no such model.
     """
+    _find(cfg.model_name)
     from transformer_lens.model_bridge import TransformerBridge  # late: what check_model refuses is answered before
 
     wrong = (OSError, ValueError, RuntimeError, SafetensorError)

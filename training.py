@@ -269,7 +269,7 @@ class _Loop:
         progress.say(f"{rate:,.0f} tokens/s; time: {shares}")
         for sae, found in zip(self.saes, self.results):
             if not sae.cfg.has_fixed_penalty and abs(found["l0"] / sae.cfg.target_l0 - 1) > MISSED:
-                missed = f"its L0 is {found['l0']:.1f} on held-out text; train longer to come nearer"
+                missed = f"its L0 is {found['l0']:.1f} on what is held out; train longer to come nearer"
                 progress.say(f"{sae.cfg.name}:\n  {missed}")  # two lines of at most 80 columns
         return self.results
 

@@ -196,10 +196,10 @@ def plot_layers(df: pd.DataFrame, norms: Sequence[Float[np.ndarray, "dict_size l
     """
     _check_one_each(df, norms)
     figure = Figure(figsize=(WIDTH, 0.5 + 1.2 * len(df)), layout="constrained")
-    panels = figure.subplots(len(df), 1, squeeze=False)[:, 0]
+    panels, most = figure.subplots(len(df), 1, squeeze=False)[:, 0], max(of_latents.max() for of_latents in norms)
     for axes, of_latents, layers, label, sae_type in zip(panels, norms, df["layer"], row_labels(df), df["sae_type"]):
         place = np.square(of_latents) @ np.arange(len(layers))
-        look = dict(aspect="auto", origin="lower", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        look = dict(aspect="auto", origin="lower", cmap="magma", vmin=0, vmax=most, interpolation="nearest")
         image = axes.imshow(of_latents[place.argsort()].T, **look)
         axes.set_title(f"{TYPES[sae_type].label}, {label}")
         axes.set(yticks=range(len(layers)), yticklabels=layers, ylabel="Layer")

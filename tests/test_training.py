@@ -255,7 +255,7 @@ def test_a_target_that_was_missed_is_said(
     train(saes, Store(saes[0].cfg))
     lines = capsys.readouterr().out.splitlines()
     said = [lines[at - 1 : at + 1] for at, line in enumerate(lines) if "held-out text" in line]
-    assert said == [[f"{saes[2].cfg.name}:", "  its L0 is 3.2 on held-out text; train longer to come nearer"]]
+    assert said == [[f"{saes[2].cfg.name}:", "  its L0 is 3.2 on what is held out; train longer to come nearer"]]
 
 
 def test_a_step_refuses_gradients_from_before() -> None:
