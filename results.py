@@ -182,7 +182,7 @@ def report(source: str) -> None:
         print(f"checkpoints  {folder}/**/step-*  ({saved})")
         cosines, norms = zip(*(of_checkpoint(path) if path else (None, None) for path in df["checkpoint"]))
     if any(folder.glob("wandb/offline-run-*")):
-        print(f"W&B          wandb sync {folder}/wandb/offline-run-*")
+        print(f"W&B          wandb sync {folder}/wandb/offline-*")
     for figure in save_figures(df, folder, history, cosines, norms)[::2]:
         print(f"figure       {figure}, .pdf")
 

@@ -73,7 +73,7 @@ def test_a_miniature_sweep_end_to_end(here: Path) -> None:
     for file in ("results.csv", "pareto.png", "training.png", "cosines.png"):
         assert str(folder / file) in done.stdout and (folder / file).stat().st_size > 1000
     assert all((folder / f"{name}.pdf").stat().st_size > 1000 for name in ("pareto", "training", "cosines"))
-    assert f"{folder}/**/step-*  (4)" in done.stdout and f"wandb sync {folder}/wandb/offline-run-*" in done.stdout
+    assert f"{folder}/**/step-*  (4)" in done.stdout and f"wandb sync {folder}/wandb/offline-*" in done.stdout
     assert len(list(folder.glob("wandb/offline-run-*"))) == 4
     with (folder / "results.csv").open() as file:
         assert [float(row["l0"]) for row in csv.DictReader(file)] == pytest.approx(list(df["l0"]))
