@@ -90,7 +90,7 @@ COMMAND_LINES: list[tuple[list[str], Said]] = [
     (["--site=z", "--act-size=8"], ("act_size = 8: z of tiny-gpt2 is 16 wide", "leave it out")),
     (["list"], ("list: give it no other word",)),
     (["--dry-run", "--layer=2"], ("layer = 2: tiny-gpt2 has 2 blocks", "give 0 to 1")),
-    (["--dry-run", "--model-name=a/b/c"], ("model_name = 'a/b/c': found neither in a folder nor on the Hub (", "give another")),
+    (["--dry-run", "--model-name=a/b/c"], ("model_name = 'a/b/c': found neither in a folder ", "give another")),
     (["--dry-run", "--dataset-path=no.txt"], ("dataset_path = 'no.txt': no such file", "check the path")),
     (["--dry-run", "--output-dir=animals.txt"], ("output_dir = 'animals.txt': ", "Not a directory", "give another")),
     (["--dry-run", "--resume", "folder"], ("--resume: give it one folder and no other option",)),
