@@ -1,16 +1,13 @@
 """The language model: load it, check it, record what passes its hooks, replace it, and say which positions count."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
-from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.logging import set_verbosity_error
 from jaxtyping import Bool, Float, Int
@@ -21,37 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from config import SITES, Config
 from runtime.checks import explained, near, require
+from runtime.models import find, model_source
 
 Model = Any  # TransformerLens' TransformerBridge; importing it takes ten seconds
-NOWHERE = "found neither in a folder nor on the Hub"
-ASKED_SECONDS = 5  # that the Hub has to say whether it holds a model
 TRIED_TOKENS = 7  # of a window, unlike the number of heads
-TINY_LM = Path(__file__).parent / "assets" / "tiny-lm"
-
-
-def model_source(model_name: str) -> str:
-    """Name what Hugging Face loads for a model_name: a folder, or the name itself."""
-    folder = TINY_LM if model_name == "tiny-lm" else Path(model_name).expanduser()
-    # An absolute path, as TransformerLens takes some names for other models.
-    return str(folder.absolute()) if folder.is_dir() else model_name
-
-
-def is_on_disk(model_name: str) -> bool:
-    """Say whether this disk has the model's configuration, in a folder or in the Hub's cache.
-
-    Raises OSError when it is the name of neither.
-    """
-    source = model_source(model_name)
-    with explained(f"model_name = {model_name!r}: {NOWHERE}", ValueError, remedy="give another", raised=OSError):
-        return os.path.isdir(source) or isinstance(try_to_load_from_cache(source, "config.json"), str)
-
-
-def _find(model_name: str) -> None:
-    """Ask the Hub for a model that this disk lacks, once: the libraries would try for half a minute."""
-    if not is_on_disk(model_name):
-        problem = f"model_name = {model_name!r}: {NOWHERE}"
-        with explained(problem, Exception, remedy="give another", raised=OSError):
-            HfApi().model_info(model_source(model_name), timeout=ASKED_SECONDS)
 
 
 def check_model(cfg: Config) -> Config:
@@ -62,7 +32,7 @@ def check_model(cfg: Config) -> Config:
     set_verbosity_error()  # retries are a line each
     disable_progress_bar()
     source, said = model_source(cfg.model_name), f"model_name = {cfg.model_name!r}:"
-    _find(cfg.model_name)
+    find(cfg.model_name)
     wrong = (OSError, ValueError, StrictDataclassError)
     with explained(f"{said} has no good config.json", *wrong, remedy="give another", raised=OSError):
         hf = AutoConfig.from_pretrained(source).get_text_config()
@@ -95,7 +65,7 @@ def load_model(cfg: Config) -> Model:
 
     Raises: ValueError when it cannot be loaded, OSError when there is no such model.
     """
-    _find(cfg.model_name)
+    find(cfg.model_name)
     from transformer_lens.model_bridge import TransformerBridge  # late: what check_model refuses is answered before
 
     wrong = (OSError, ValueError, RuntimeError, SafetensorError)

@@ -45,7 +45,11 @@ def main(words: list[str]) -> int:
             return 0
         options = cli.parse(words)
 
-        import sweep  # late: it takes seconds, and a mistaken word is answered at once
+        from runtime import models  # late: a mistaken word is answered at once, and a mistaken model before the next
+
+        for cfg in options.cfgs if not options.dry_run else []:
+            models.find(cfg.model_name)
+        import sweep  # which takes seconds
 
         if options.dry_run:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)

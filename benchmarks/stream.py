@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the library, where this
 
 from activation_store import ActivationsStore
 from config import HINTS, Config
-from language_model import TINY_LM, check_model, load_model
+from language_model import check_model, load_model
 from runtime.checks import choices
+from runtime.models import TINY_LM
 
 SERVED_BATCHES, PASSES = 6, 6  # in one timed run, of the store and of the bare model
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from interop.hub import published
-from language_model import is_on_disk, model_source
 from runtime.checks import require
 from runtime.disk import save_tensors, write_durably
+from runtime.models import is_on_disk, model_source
 from sae import BaseAutoencoder
 
 READS = {"mlp_in": "mlp.hook_in", "resid_mid": "hook_resid_mid"}  # ours, and circuit-tracer's

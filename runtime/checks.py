@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral, Real
 from types import NoneType
@@ -31,9 +32,8 @@ def explained(
 
 def one_line(error: Exception) -> str:
     """Quote an error's type and text on one line, without the Hub's token, whoever put it there."""
-    from huggingface_hub import get_token  # late: importing it takes longer than answering --help
-
-    text, token = f"{type(error).__name__}: {error}", get_token()
+    hub = sys.modules.get("huggingface_hub")  # which nobody else imports to answer --help
+    text, token = f"{type(error).__name__}: {error}", hub and hub.get_token()
     return " ".join((text.replace(token, "<token>") if token else text).split())[:300]
 
 

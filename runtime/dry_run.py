@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import HINTS, Config, by_stream, unused_by, widths_of
 from evaluation import MAX_LOGITS, MAX_LOGITS_ON_GPU
-from language_model import check_model, is_on_disk, model_source
+from language_model import check_model
 from runtime.cli import INDENTED, WIDTH, written
 from runtime.documents import local_files
+from runtime.models import is_on_disk, model_source
 from runtime.preflight import check_activations, check_texts
 from sae import SAE_TYPES
 from training import heading

@@ -9,11 +9,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from cache import check_recorded
 from config import Config
-from language_model import check_model, model_source, ordinary_positions
+from language_model import check_model, ordinary_positions
 from runtime import ranks
 from runtime.checks import explained, require
 from runtime.disk import existing
 from runtime.documents import load_documents
+from runtime.models import model_source
 from text import token_windows
 
 

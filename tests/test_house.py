@@ -12,7 +12,8 @@ FLOORS = [  # from top to bottom: a module imports only from those below it
     "interop.hub", "results", "analysis.measure", "analysis.dashboard", "training", "logs", "analysis.splice",
     "analysis.latents", "activation_store", "evaluation", "text", "interop.pretrained", "language_model", "checkpoint",
     "sae", "kernels.choose", "kernels.straight_through", "kernels.sparse", "analysis.figures", "runtime.machine",
-    "runtime.progress", "runtime.cli", "runtime.ranks", "runtime.disk", "runtime.documents", "config", "runtime.checks",
+    "runtime.progress", "runtime.cli", "runtime.ranks", "runtime.disk", "runtime.documents", "runtime.models",
+    "config", "runtime.checks",
 ]  # fmt: skip
 OTHERS = {"tests", "benchmarks", "assets", "notebooks"}
 FILES = {

@@ -53,6 +53,12 @@ def test_a_folder_is_named_after_the_sweep_or_else_the_model() -> None:
     assert [cli.parse(words).name for words in named] == ["gpt2", "pythia-160m", "llama-1b", "tiny-lm"]
 
 
+def test_a_model_that_is_not_there_is_answered_before_the_imports_that_take_seconds() -> None:
+    said = "import main, sys; print(main.main(['--model-name', 'a/b/c']), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", said], cwd=Path(main.__file__).parent, capture_output=True, text=True)
+    assert done.stdout == "2 False\n" and "model_name = 'a/b/c': found neither in a folder nor" in done.stderr
+
+
 # ---- from the command line to the plot ----
 
 
