@@ -254,7 +254,7 @@ def test_a_target_that_was_missed_is_said(
     saes = [build_sae(config(seed=seed, l1_coeff=None)) for seed in range(3)]
     train(saes, Store(saes[0].cfg))
     lines = capsys.readouterr().out.splitlines()
-    said = [lines[at - 1 : at + 1] for at, line in enumerate(lines) if "held-out text" in line]
+    said = [lines[at - 1 : at + 1] for at, line in enumerate(lines) if "held out" in line]
     assert said == [[f"{saes[2].cfg.name}:", "  its L0 is 3.2 on what is held out; train longer to come nearer"]]
 
 
