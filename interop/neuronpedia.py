@@ -46,7 +46,7 @@ def save_neuronpedia(
     tokens = held_out_windows(cfg, model.tokenizer, windows, dashboard.WINDOW_CHOICE)
     public = published(cfg)
     batch = {"model_id": public.model_name, "layer": cfg.layers[0], "sae_set": public.name, "sae_id_suffix": None}
-    feature = _features(sae, model, tokens)
+    feature = _features(sae, model, tokens, public.dataset_path)
 
     def write(path: Path) -> None:
         path.mkdir()
@@ -58,7 +58,7 @@ def save_neuronpedia(
 
 
 @torch.no_grad()
-def _features(sae: BaseAutoencoder, model: Model, tokens: Tensor) -> Callable[[int], dict[str, Any]]:
+def _features(sae: BaseAutoencoder, model: Model, tokens: Tensor, dataset_path: str) -> Callable[[int], dict[str, Any]]:
     """Measure all latents; return a function that gives the fields of the latent with a given index."""
     cfg, F, found = sae.cfg, sae.cfg.dict_size, dashboard.latent_statistics(sae, model, tokens)
     peaks, shown, positions = found.peaks, found.shown, tokens.numel()
@@ -77,7 +77,7 @@ def _features(sae: BaseAutoencoder, model: Model, tokens: Tensor) -> Callable[[i
     same = {
         **{name: [] for name in (*untold, "decoder_weights_dist", "vector")},
         "logits_hist_data_bar_heights": [], "logits_hist_data_bar_values": [], "n_prompts_total": len(tokens),
-        "n_tokens_in_prompt": tokens.shape[1], "dataset": published(cfg).dataset_path,
+        "n_tokens_in_prompt": tokens.shape[1], "dataset": dataset_path,
     }  # fmt: skip
 
     def effects(sign: str, some: dashboard.Ranked, j: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Find a language model by its name: in a folder, in the Hub's cache, or on the Hub. No torch is imported here."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -25,8 +26,9 @@ def is_on_disk(model_name: str) -> bool:
         return os.path.isdir(source) or isinstance(try_to_load_from_cache(source, "config.json"), str)
 
 
+@cache
 def find(model_name: str) -> None:
-    """Ask the Hub for a model that this disk lacks, once: the libraries would try for half a minute.
+    """Ask the Hub for a model that this disk lacks, once for all Configs: the libraries would try for half a minute.
 
     Raises OSError when there is no such model, or no answer.
     """

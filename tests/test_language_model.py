@@ -39,6 +39,7 @@ from language_model import (
     record,
     replacing,
 )
+from runtime import models
 
 HOOK = "blocks.2.hook_resid_pre"
 HOOKS = [f"blocks.{layer}.{hook}" for layer in (0, 1) for hook in SITES.values()]
@@ -276,6 +277,14 @@ def test_the_hub_is_asked_once_for_a_model_that_is_not_there(monkeypatch: pytest
     with standing_in(monkeypatch, tmp_path) as hub, pytest.raises(OSError, match="neither in a folder nor on the Hub"):
         check_model(Config(model_name="user/none"))
     assert [(method, path) for method, path, _ in hub.requests] == [("GET", "/api/models/user/none")]
+
+
+def test_one_answer_of_the_hub_serves_all_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, name, timeout: asked.append(name))
+    for _ in range(3):
+        models.find("user/of-several-configs")
+    assert asked == ["user/of-several-configs"]
 
 
 def test_a_model_folder_is_found_from_home(tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
